@@ -1,0 +1,1 @@
+"""promoter changes the disks of virtual machines while they run."""

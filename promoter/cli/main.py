@@ -1,0 +1,179 @@
+"""``promoter``: the commands."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from promoter.cli import run
+from promoter.cli.output import choose
+from promoter.operations.journal import Journal, state_directory
+from promoter.operations.promotion import Choices, CopyMode
+from promoter.storage.seed import SeedMethod
+
+app = typer.Typer(
+    help="Change the disks of virtual machines while they run.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+job_app = typer.Typer(help="Operations, running and past.", no_args_is_help=True)
+app.add_typer(job_app, name="job")
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+SPEED = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMGT]?)(?:i?B)?(?:/s)?", re.IGNORECASE)
+
+
+class Seed(StrEnum):
+    """What ``--seed`` takes."""
+
+    AUTO = "auto"
+    REFLINK = "reflink"
+    COPY = "copy"
+    CONVERT = "convert"
+    NONE = "none"
+
+
+class Format(StrEnum):
+    """What ``--format`` takes."""
+
+    QCOW2 = "qcow2"
+    RAW = "raw"
+
+
+def parse_speed(text: str) -> int:
+    """Bytes per second from ``100M``, ``1.5GiB/s`` or ``0`` (no limit)."""
+    found = SPEED.fullmatch(text.strip())
+    if not found:
+        raise typer.BadParameter(
+            f"{text!r} is not a rate. Examples: 50M, 1.5GiB/s, 0 for no limit",
+            param_hint="--speed",
+        )
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+Guest = Annotated[str, typer.Argument(help="The path of the guest's QMP socket.")]
+Identity = Annotated[str, typer.Argument(metavar="ID", help="An operation's id.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say each step.")]
+State = Annotated[
+    Path,
+    typer.Option(
+        "--state-dir",
+        envvar="PROMOTER_STATE_DIR",
+        default_factory=state_directory,
+        help="Where the journal is kept.",
+        show_default="/var/lib/promoter, or ~/.local/state/promoter",
+    ),
+]
+
+
+@app.command()
+def chain(guest: Guest, as_json: Json = False) -> None:
+    """Show the backing chain of each disk as the running guest has it."""
+    output = choose(as_json=as_json, quiet=False, verbose=False)
+
+    async def work() -> None:
+        found = await run.connect(guest)
+        try:
+            view = await found.look()
+        finally:
+            await found.close()
+        output.chains(guest, view)
+
+    run.finish(work(), output)
+
+
+@app.command()
+def promote(
+    guest: Guest,
+    state: State,
+    disks: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[DISK]...", help="Device id or node-name; default: every disk."),
+    ] = None,
+    target: Annotated[
+        Path | None, typer.Option(help="The new disk's file; default: in place.")
+    ] = None,
+    target_dir: Annotated[
+        Path | None, typer.Option(help="Directory for the new disks, under their own names.")
+    ] = None,
+    image_format: Annotated[
+        Format, typer.Option("--format", help="The new disk's format.")
+    ] = Format.QCOW2,
+    seed: Annotated[
+        Seed, typer.Option(help="How the base is copied; none: all by the mirror.")
+    ] = Seed.AUTO,
+    copy_mode: Annotated[
+        CopyMode, typer.Option(help="When a guest's write reaches the new disk.")
+    ] = CopyMode.WRITE_BLOCKING,
+    speed: Annotated[
+        str, typer.Option(metavar="RATE", help="Limit in bytes a second: 50M, 1GiB/s.")
+    ] = "0",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan only.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Turn running linked clones into full clones.
+
+    In place by default: the path that the guest's command line names becomes the full clone,
+    and the old overlay is kept beside it.
+    """
+    if target and target_dir:
+        raise typer.BadParameter("--target and --target-dir exclude each other")
+    choices = Choices(
+        disks=tuple(disks or ()),
+        target=target,
+        target_dir=target_dir,
+        format=image_format.value,
+        seed=None if seed is Seed.AUTO else SeedMethod(seed.value),
+        speed=parse_speed(speed),
+        copy_mode=copy_mode,
+    )
+    output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
+    run.finish(run.promote(guest, choices, state, output, dry_run=dry_run), output)
+
+
+@job_app.command("list")
+def list_jobs(state: State, as_json: Json = False) -> None:
+    """List the operations of this host, the newest last."""
+    output = choose(as_json=as_json, quiet=False, verbose=False)
+
+    async def work() -> None:
+        output.operations(Journal(state).entries())
+
+    run.finish(work(), output)
+
+
+@job_app.command("show")
+def show_job(identity: Identity, state: State, as_json: Json = False) -> None:
+    """Show what an operation intended and did."""
+    output = choose(as_json=as_json, quiet=False, verbose=False)
+
+    async def work() -> None:
+        journal = Journal(state)
+        entry = journal.entry(identity)
+        output.operation_steps(entry, journal.steps(entry.id))
+
+    run.finish(work(), output)
+
+
+@job_app.command("resume")
+def resume_job(
+    state: State,
+    identity: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="Default: all that were interrupted.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Finish what was interrupted, or put it back, going by the guest and the files."""
+    output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
+    run.finish(run.resume(identity, state, output), output)

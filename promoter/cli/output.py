@@ -1,0 +1,286 @@
+"""How operations are shown: live bars, plain lines, or one JSON object a line.
+
+With ``--json`` nothing but JSON goes to standard output. Off a terminal there
+are plain lines; ``NO_COLOR`` is honoured. Errors name the file, say why and
+give the next step.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from promoter.blockjob import Progress
+from promoter.cli.tree import chain_fields, human_bytes, tree
+from promoter.errors import PromoterError
+from promoter.guests.base import GuestView
+from promoter.operations.journal import Entry, OperationStatus, Step
+from promoter.operations.plan import Plan
+from promoter.operations.promote import DiskReport
+
+LINE_EVERY = 5.0
+LOG_WIDTH = 500
+
+
+def human_seconds(seconds: float | None) -> str:
+    """A duration for people."""
+    if seconds is None:
+        return "?"
+    if seconds < 1:
+        return f"{seconds * 1000:.1f} ms"
+    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+class Output(Protocol):
+    """One command's voice."""
+
+    def chains(self, guest: str, view: GuestView) -> None: ...
+
+    def operations(self, entries: Sequence[Entry]) -> None: ...
+
+    def operation_steps(self, entry: Entry, steps: Sequence[Step]) -> None: ...
+
+    def plan(self, plan: Plan, *, dry_run: bool) -> None: ...
+
+    def step(self, action: str) -> None: ...
+
+    def progress(self, disk: str, phase: str, progress: Progress) -> None: ...
+
+    def result(self, result: dict[str, Any], reports: Sequence[DiskReport]) -> None: ...
+
+    def error(self, error: PromoterError) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonOutput:
+    """One JSON object a line."""
+
+    def __init__(self) -> None:
+        self.operation: str | None = None
+
+    def _say(self, event: str, **fields: Any) -> None:
+        sys.stdout.write(json.dumps({"event": event, **fields}, default=str) + "\n")
+        sys.stdout.flush()
+
+    def chains(self, guest: str, view: GuestView) -> None:
+        self._say("result", **chain_fields(guest, view))
+
+    def operations(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            self._say("operation", **asdict(entry) | {"intent": json.loads(entry.intent)})
+
+    def operation_steps(self, entry: Entry, steps: Sequence[Step]) -> None:
+        self.operations([entry])
+        for step in steps:
+            self._say("step", id=entry.id, **asdict(step))
+
+    def plan(self, plan: Plan, *, dry_run: bool) -> None:
+        self.operation = plan.promotion.id
+        self._say("plan", operation="promote", **plan_fields(plan))
+
+    def step(self, action: str) -> None:
+        self._say("step", id=self.operation, action=action)
+
+    def progress(self, disk: str, phase: str, progress: Progress) -> None:
+        self._say(
+            "progress",
+            id=self.operation,
+            disk=disk,
+            phase=phase,
+            done_bytes=progress.done,
+            total_bytes=progress.total,
+            rate=round(progress.rate),
+            eta_s=progress.eta,
+        )
+
+    def result(self, result: dict[str, Any], reports: Sequence[DiskReport]) -> None:
+        self._say("result", **result, disks=[asdict(report) for report in reports])
+
+    def error(self, error: PromoterError) -> None:
+        self._say(
+            "error",
+            error=type(error).__name__,
+            message=error.message,
+            hint=error.hint,
+            exit_code=error.exit_code,
+        )
+
+    def close(self) -> None:
+        pass
+
+
+class PlainOutput:
+    """Lines for a log: each phase when it begins, every few seconds, and at its end."""
+
+    def __init__(self, *, quiet: bool, verbose: bool) -> None:
+        self.console = _console(quiet=quiet)
+        self.errors = _console(stderr=True)
+        self._verbose = verbose
+        self._said: dict[tuple[str, str], float] = {}
+
+    def chains(self, guest: str, view: GuestView) -> None:
+        self.console.print(tree(guest, view))
+
+    def operations(self, entries: Sequence[Entry]) -> None:
+        table = Table("ID", "OPERATION", "GUEST", "STATUS", "STARTED", "RESULT", box=None)
+        for entry in entries:
+            texts = (entry.id, entry.kind, entry.guest, entry.status, entry.started)
+            table.add_row(*map(escape, (*texts, entry.result or "")))
+        self.console.print(table)
+
+    def operation_steps(self, entry: Entry, steps: Sequence[Step]) -> None:
+        self.operations([entry])
+        table = Table("STEP", "ACTION", "STARTED", "ENDED", "OUTCOME", box=None)
+        for step in steps:
+            texts = (step.action, step.started, step.ended or "", step.outcome or "")
+            table.add_row(str(step.number), *map(escape, texts))
+        self.console.print(table)
+        if entry.status is OperationStatus.INTERRUPTED:
+            self.console.print(f"Continue: promoter job resume {entry.id}")
+
+    def plan(self, plan: Plan, *, dry_run: bool) -> None:
+        for name in plan.nothing_to_do:
+            self.console.print(f"{escape(name)}: nothing to do, it has no backing file")
+        for disk in plan_fields(plan)["disks"]:
+            self.console.print(
+                f"{escape(disk['disk'])}: {escape(str(disk['source']))}"
+                f" -> {escape(str(disk['target']))}, {disk['layers_below']} below, seed by"
+                f" {disk['seed']}, needs {human_bytes(disk['required_bytes'])},"
+                f" {human_bytes(disk['free_bytes'])} free"
+            )
+        for warning in plan.warnings:
+            self.console.print(f"note: {escape(warning)}")
+        if dry_run:
+            self.console.print("dry run: nothing was changed")
+
+    def step(self, action: str) -> None:
+        if self._verbose:
+            self.console.print(f"step: {action}")
+
+    def progress(self, disk: str, phase: str, progress: Progress) -> None:
+        last = self._said.get((disk, phase))
+        done = progress.done >= progress.total
+        if last is not None and progress.elapsed - last < LINE_EVERY and not done:
+            return
+        self._said[disk, phase] = progress.elapsed
+        self.console.print(f"{escape(disk)}: {phase} {describe(progress)}")
+
+    def result(self, result: dict[str, Any], reports: Sequence[DiskReport]) -> None:
+        for report in reports:
+            self._summary(report)
+
+    def _summary(self, report: DiskReport) -> None:
+        copied = (report.seeded_bytes or 0) + (report.mirrored_bytes or 0)
+        rate = copied / report.duration_s if report.duration_s else 0
+        table = Table(box=None, show_header=False, pad_edge=False)
+        rows = [
+            ("", f"[bold]{escape(report.disk)} is a full clone now: {escape(str(report.target))}"),
+            (
+                "copied",
+                f"{human_bytes(copied)} in {human_seconds(report.duration_s)}"
+                f" ({human_bytes(rate)}/s): seed by {report.seed}"
+                f" {human_bytes(report.seeded_bytes)}, delta {human_bytes(report.mirrored_bytes)}",
+            ),
+            ("guest's I/O stood still", human_seconds(report.switchover_s)),
+            ("verified", "yes" if report.verified else "no"),
+            ("old overlay", escape(str(report.old))),
+        ]
+        if report.spare:
+            rows.append(("second name", f"{escape(str(report.spare))}, until this QEMU ends"))
+        for name, text in rows:
+            table.add_row(name, text)
+        self.console.print(table)
+
+    def error(self, error: PromoterError) -> None:
+        self.errors.print(f"[bold red]error:[/] {escape(error.message)}")
+        if error.hint:
+            self.errors.print(f"  {escape(error.hint)}")
+
+    def close(self) -> None:
+        pass
+
+
+class LiveOutput(PlainOutput):
+    """Bars on a terminal, one per disk."""
+
+    def __init__(self, *, verbose: bool) -> None:
+        super().__init__(quiet=False, verbose=verbose)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
+        self._bars = Bars(*columns, console=self.console)
+        self._tasks: dict[str, TaskID] = {}
+
+    def progress(self, disk: str, phase: str, progress: Progress) -> None:
+        if disk not in self._tasks:
+            self._bars.start()
+            self._tasks[disk] = self._bars.add_task(escape(disk), text="")
+        self._bars.update(
+            self._tasks[disk],
+            description=f"{escape(disk)} {phase}",
+            completed=progress.done,
+            total=max(progress.total, 1),
+            text=describe(progress),
+        )
+
+    def close(self) -> None:
+        self._bars.stop()
+
+
+def _console(*, quiet: bool = False, stderr: bool = False) -> Console:
+    """A console that never breaks a path in a log."""
+    console = Console(quiet=quiet, stderr=stderr, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
+    return console
+
+
+def describe(progress: Progress) -> str:
+    """Bytes, rate and time to go."""
+    return (
+        f"{human_bytes(progress.done)} of {human_bytes(progress.total)},"
+        f" {human_bytes(progress.rate)}/s, {human_seconds(progress.eta)} to go"
+    )
+
+
+def plan_fields(plan: Plan) -> dict[str, Any]:
+    """A plan for ``--json``. Sizes in bytes."""
+    promotion = plan.promotion
+    return {
+        "id": promotion.id,
+        "guest": promotion.guest,
+        "nothing_to_do": plan.nothing_to_do,
+        "warnings": plan.warnings,
+        "disks": [
+            {
+                "disk": disk.name,
+                "source": disk.names.path,
+                "target": disk.names.path if disk.names.in_place else disk.names.target,
+                "old": disk.names.aside,
+                "layers_below": len(disk.chain.below),
+                "seed": disk.method,
+                "format": disk.geometry.format,
+                "virtual_bytes": disk.virtual_size,
+                "required_bytes": disk.required,
+                "free_bytes": plan.free[index],
+            }
+            for index, disk in enumerate(promotion.disks)
+        ],
+    }
+
+
+def choose(*, as_json: bool, quiet: bool, verbose: bool) -> Output:
+    """JSON if asked for, bars on a terminal, else lines."""
+    if as_json:
+        return JsonOutput()
+    if not quiet and Console().is_terminal:
+        return LiveOutput(verbose=verbose)
+    return PlainOutput(quiet=quiet, verbose=verbose)

@@ -1,0 +1,136 @@
+"""From a command's arguments to a running operation, and from its end to an exit code.
+
+Ctrl-C asks the operation to go back; SIGTERM leaves it for ``promoter job resume``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Coroutine, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from promoter.cli.output import Output
+from promoter.errors import Cancelled, PromoterError, Refused
+from promoter.guests.base import Guest
+from promoter.guests.qmp import QmpGuest
+from promoter.operations.journal import Journal, OperationStatus, new_id
+from promoter.operations.plan import plan
+from promoter.operations.promote import INTENT, DiskReport, PromoteOperation
+from promoter.operations.promotion import Choices
+
+ENDED = frozenset({OperationStatus.DONE, OperationStatus.FAILED, OperationStatus.CANCELLED})
+
+
+def finish(work: Coroutine[Any, Any, None], output: Output) -> None:
+    """Run a command; its error becomes a message and an exit code."""
+    try:
+        asyncio.run(work)
+    except KeyboardInterrupt:
+        _fail(Cancelled("cancelled", "Nothing was changed."), output)
+    except PromoterError as error:
+        _fail(error, output)
+    finally:
+        output.close()
+
+
+def _fail(error: PromoterError, output: Output) -> None:
+    output.close()
+    output.error(error)
+    raise typer.Exit(error.exit_code) from error
+
+
+async def connect(name: str) -> Guest:
+    """The running guest that ``name`` means: the path of its QMP socket."""
+    if "/" not in name:
+        raise Refused(
+            f"{name} is not the path of a QMP socket",
+            "Give a path with a slash in it, such as ./monitor.sock or /run/vm/monitor.sock.",
+        )
+    return await QmpGuest.connect(Path(name).absolute())
+
+
+async def promote(
+    name: str, choices: Choices, state: Path, output: Output, *, dry_run: bool
+) -> None:
+    """Plan, and unless it is a dry run, promote."""
+    guest = await connect(name)
+    try:
+        made = await plan(guest, new_id(), choices)
+        output.plan(made, dry_run=dry_run)
+        promotion = made.promotion
+        if dry_run or not promotion.disks:
+            await guest.close()
+            output.result(_result(promotion.id, name, "planned" if dry_run else "done"), [])
+            return
+        journal = Journal(state)
+    except BaseException:
+        await guest.close()
+        raise
+    with journal.hold(promotion.id):
+        intent = INTENT.dump_json(promotion).decode()
+        journal.open(promotion.id, "promote", promotion.guest, intent)
+        operation = PromoteOperation(promotion, journal, connect, output.progress, output.step)
+        reports = await _run(operation, guest)
+    output.result(_result(promotion.id, name, "done"), reports)
+
+
+async def resume(identity: str | None, state: Path, output: Output) -> None:
+    """Finish what was interrupted, or put it back: one operation, or all of them.
+
+    Without an id every operation is tried; the first error is raised at the end.
+    """
+    journal = Journal(state)
+    if identity is not None:
+        await _resume(journal, journal.entry(identity).id, output)
+        return
+    errors = []
+    for entry in journal.entries():
+        if entry.status is OperationStatus.INTERRUPTED or _leaves_spare(entry.intent):
+            try:
+                await _resume(journal, entry.id, output)
+            except PromoterError as error:
+                errors.append(error)
+                output.error(error)
+    if errors:
+        raise errors[0]
+
+
+def _leaves_spare(intent: str) -> bool:
+    promotion = INTENT.validate_json(intent)
+    return promotion.tidied and any(
+        disk.names.in_place and disk.names.target.exists() for disk in promotion.disks
+    )
+
+
+async def _resume(journal: Journal, identity: str, output: Output) -> None:
+    with journal.hold(identity):
+        entry = journal.entry(identity)
+        if entry.status in ENDED and not _leaves_spare(entry.intent):
+            output.result(_result(identity, entry.guest, entry.status), [])
+            return
+        promotion = replace(INTENT.validate_json(entry.intent), tidied=False)
+        operation = PromoteOperation(promotion, journal, connect, output.progress, output.step)
+        reports = await _run(operation, None)
+    output.result(_result(identity, entry.guest, "done"), reports)
+
+
+async def _run(operation: PromoteOperation, guest: Guest | None) -> Sequence[DiskReport]:
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, operation.cancel)
+    loop.add_signal_handler(signal.SIGTERM, operation.stop)
+    return await operation.run(guest)
+
+
+def _result(identity: str, guest: str, status: str) -> dict[str, Any]:
+    return {
+        "operation": "promote",
+        "id": identity,
+        "guest": guest,
+        "status": status,
+        "exit_code": 0,
+    }

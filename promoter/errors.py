@@ -1,0 +1,62 @@
+"""Every error promoter reports, as one tree.
+
+PromoterError (1, unexpected)
+├── Unreachable (3)   the guest or its host does not answer
+├── Refused (4)       a check failed; nothing was changed
+├── NoSpace (5)       storage is full; nothing lost, the operation can be resumed
+├── JobFailed (6)     a block job failed; the guest stays on its old chain
+├── Cancelled (7)     somebody asked to stop; the guest stays on its old chain
+└── Interrupted (9)   stopped half-way; ``promoter job resume`` continues by evidence
+
+An error carries a message that names what it is about and a hint that gives
+the next step. The exit codes are part of the command line's contract.
+"""
+
+from __future__ import annotations
+
+
+class PromoterError(Exception):
+    """Something promoter did not expect."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class Unreachable(PromoterError):
+    """The guest or its host does not answer."""
+
+    exit_code = 3
+
+
+class Refused(PromoterError):
+    """A check failed before anything was changed."""
+
+    exit_code = 4
+
+
+class NoSpace(PromoterError):
+    """Storage is full. Nothing is lost; make room and resume."""
+
+    exit_code = 5
+
+
+class JobFailed(PromoterError):
+    """A block job failed. The guest is unchanged on its old chain."""
+
+    exit_code = 6
+
+
+class Cancelled(PromoterError):
+    """The operation was cancelled. The guest is unchanged on its old chain."""
+
+    exit_code = 7
+
+
+class Interrupted(PromoterError):
+    """The operation stopped half-way and can be resumed."""
+
+    exit_code = 9

@@ -1,0 +1,1 @@
+"""One running guest behind one small interface."""

@@ -1,0 +1,63 @@
+"""How a QEMU's own command line opened its disks.
+
+QMP does not report a node's aio, discard and locking options, and a disk that
+replaces another should be opened as that one was. Source: ``-blockdev`` and
+``-drive`` of qemu(1), read from /proc/PID/cmdline.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+
+WANTED = ("aio", "discard", "locking")
+
+
+def disk_options(pid: int, names: set[str]) -> dict[str, str]:
+    """The aio, discard and locking options of the disk known by one of ``names``.
+
+    Empty for a disk that was plugged in later, or when the process cannot be read.
+    """
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return {}
+    blocks = list(_blocks(words))
+    for block in blocks:
+        if names & {block.get("node-name"), block.get("id")}:
+            return _wanted(block, blocks)
+    return {}
+
+
+def _blocks(words: list[str]) -> Iterator[dict[str, str]]:
+    for option, value in pairwise(words):
+        if option in ("-blockdev", "--blockdev", "-drive", "--drive"):
+            yield _flatten(json.loads(value)) if value.startswith("{") else _key_values(value)
+
+
+def _key_values(text: str) -> dict[str, str]:
+    pairs = (part.replace(",,", ",").partition("=") for part in re.split(r"(?<!,),(?!,)", text))
+    return {key: value for key, _, value in pairs}
+
+
+def _flatten(value: Mapping[str, object], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            flat |= _flatten(item, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = ("on" if item else "off") if isinstance(item, bool) else str(item)
+    return flat
+
+
+def _wanted(block: dict[str, str], blocks: list[dict[str, str]]) -> dict[str, str]:
+    below = next((b for b in blocks if b.get("node-name") == block.get("file")), {})
+    found = {}
+    for key in WANTED:
+        value = block.get(f"file.{key}") or below.get(key) or block.get(key)
+        if value:
+            found[key] = value
+    return found

@@ -1,0 +1,1 @@
+"""What promoter does: each operation is a loop of decide, journal, act and look."""

@@ -1,0 +1,128 @@
+"""The guard: nobody may be left frozen.
+
+While a switchover has the guest's I/O drained, a promoter that died or hangs
+would leave the guest standing still. This small process is started before,
+holds the same monitor connection, and takes over when promoter's end of the
+pipe closes or nothing is heard for a second: if the first name has not changed
+it takes the prepared names away, which makes promoter's own commit impossible,
+and cancels the jobs; otherwise it finishes names and jobs alike.
+
+Run as ``python -m promoter.operations.guard SPEC`` with the pipe on standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from promoter.storage.names import Names
+
+READY, ALIVE, LEAVE = b"r", b".", b"q"
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One disk: its names, and its job."""
+
+    job: str
+    names: Names
+
+
+@dataclass(frozen=True)
+class GuardSpec:
+    """``monitor`` is an inherited file descriptor, ``deadline`` in seconds."""
+
+    monitor: int
+    deadline: float
+    switches: tuple[Switch, ...]
+
+
+SPEC = TypeAdapter(GuardSpec)
+
+
+def watch(spec: GuardSpec, pipe: int) -> None:
+    """Wait for promoter to say it is done; take over when it does not."""
+    while True:
+        heard, _, _ = select.select([pipe], [], [], spec.deadline)
+        if not heard:
+            take_over(spec)
+            return
+        said = os.read(pipe, 64)
+        if LEAVE in said:
+            return
+        if not said:
+            if take_over(spec):
+                _check(spec)
+            return
+
+
+def take_over(spec: GuardSpec) -> bool:
+    """Put everything back, or finish it when the first name has changed; was it finished?"""
+    if spec.switches[0].names.revoke():
+        for switch in spec.switches:
+            switch.names.revoke()
+            _say(spec, "job-cancel", switch)
+        return False
+    for switch in spec.switches:
+        with suppress(FileNotFoundError):
+            switch.names.commit()
+        _say(spec, "job-finalize", switch)
+    return True
+
+
+def _check(spec: GuardSpec) -> None:
+    """promoter is dead: a disk whose job failed to finalize gets its old name back."""
+    answer = _ask(spec, "query-jobs")
+    errors = {job["id"]: job.get("error") for job in answer or ()}
+    for switch in spec.switches:
+        if errors.get(switch.job):
+            switch.names.put_back()
+
+
+def _say(spec: GuardSpec, command: str, switch: Switch) -> None:
+    _send(spec, {"execute": command, "arguments": {"id": switch.job}, "id": "guard"})
+
+
+def _send(spec: GuardSpec, message: dict[str, Any]) -> None:
+    with suppress(OSError):  # the guest is gone: then nobody stands still
+        os.write(spec.monitor, json.dumps(message).encode() + b"\n")
+
+
+def _ask(spec: GuardSpec, command: str) -> Any:
+    """The answer to a query, past whatever else is in the stream; None when the guest is gone."""
+    _send(spec, {"execute": command, "id": command})
+    text = b""
+    while select.select([spec.monitor], [], [], spec.deadline)[0]:
+        try:
+            chunk = os.read(spec.monitor, 65536)
+        except OSError:
+            return None
+        if not chunk:
+            return None
+        *lines, text = (text + chunk).split(b"\n")
+        for line in lines:
+            with suppress(ValueError):
+                message = json.loads(line)
+                if isinstance(message, dict) and message.get("id") == command:
+                    return message.get("return")
+    return None
+
+
+def main() -> None:
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    spec = SPEC.validate_json(sys.argv[1])
+    os.write(sys.stdout.fileno(), READY)
+    watch(spec, sys.stdin.fileno())
+
+
+if __name__ == "__main__":
+    main()

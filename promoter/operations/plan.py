@@ -1,0 +1,318 @@
+"""Preflight: what a promotion will do and what it costs, or why not.
+
+Every check is made here, before the first change, and changes nothing. What
+QEMU has open is compared with what its file names lead to now, so that a base
+that was moved, replaced or deleted is noticed while it can still be refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from promoter.chain import BackingChain, Disk, Image
+from promoter.errors import Refused, Unreachable
+from promoter.guests.base import Guest, GuestView
+from promoter.operations.promotion import Choices, DiskIntent, Promotion
+from promoter.storage import images
+from promoter.storage.files import file_id, free_bytes, open_files, stamp
+from promoter.storage.names import Names
+from promoter.storage.seed import Geometry, SeedMethod, can_reflink, copies_only_data
+
+PROMOTABLE = frozenset({"running", "paused", "prelaunch", "suspended"})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be done; ``nothing_to_do`` names disks that are full clones already.
+
+    ``free`` has the free bytes at each disk's target.
+    """
+
+    promotion: Promotion
+    free: tuple[int, ...]
+    nothing_to_do: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+async def plan(guest: Guest, identity: str, choices: Choices) -> Plan:
+    """Plan a promotion. Raises `Refused` with the reason, or `Unreachable`."""
+    view = await guest.look()
+    _check_guest(view, guest.name)
+    disks = _select(view, choices.disks)
+    linked = [disk for disk in disks if len(disk.chain) > 1]
+    if choices.target and len(linked) > 1:
+        raise Refused(
+            "--target names one file, but several disks would be promoted",
+            "Name one disk, or give --target-dir.",
+        )
+    intents = [
+        await plan_disk(guest, disk, choices, identity, index) for index, disk in enumerate(linked)
+    ]
+    _check_targets(intents)
+    _check_space(intents)
+    return Plan(
+        Promotion(identity, guest.name, choices, tuple(intents)),
+        free=tuple(free_bytes(intent.names.target.parent) for intent in intents),
+        nothing_to_do=tuple(disk.name for disk in disks if len(disk.chain) == 1),
+        warnings=tuple(warning for intent in intents for warning in _warnings(intent)),
+    )
+
+
+async def plan_disk(
+    guest: Guest, disk: Disk, choices: Choices, identity: str, index: int
+) -> DiskIntent:
+    """Plan one linked disk. Raises `Refused` with the reason."""
+    _check_disk(disk)
+    files = await asyncio.to_thread(_check_files, guest, disk)
+    await _check_headers(disk)
+    old = files[0]
+    names = _names(old, disk.chain.active, choices, identity)
+    geometry = _geometry(disk.chain, choices, names)
+    below = disk.chain.below
+    method, geometry = await asyncio.to_thread(_method, below, choices.seed, geometry, names.target)
+    stamps = tuple(found for image in below if (found := stamp(_file(image))))
+    shared = below[0].allocated if method is SeedMethod.REFLINK else 0
+    full = await images.measure(disk.chain.images, geometry.format, geometry.options)
+    return DiskIntent(
+        node=f"promoter-{identity}-{index}",
+        index=index,
+        key=disk.key,
+        name=disk.name,
+        chain=disk.chain,
+        below=stamps,
+        options=disk.options,
+        names=names,
+        method=method,
+        geometry=geometry,
+        required=max(full - shared, disk.chain.active.allocated),
+    )
+
+
+def _check_guest(view: GuestView, name: str) -> None:
+    if view.status == "shutdown":
+        raise Unreachable(f"{name} is shutting down", "Start the guest again first.")
+    if view.status not in PROMOTABLE:
+        raise Refused(f"{name} is in state {view.status}", "Promote it while it runs or is paused.")
+    if loses_writes_at_start(view.version):
+        raise Refused(
+            f"QEMU {'.'.join(map(str, view.version))} can lose guest writes while a mirror starts",
+            "Fixed in QEMU 10.0.9 and 10.2.2; QEMU 7.2 never had it.",
+        )
+
+
+def loses_writes_at_start(version: tuple[int, int, int]) -> bool:
+    """Is this a QEMU whose mirror may miss writes during its first allocation scan?
+
+    8.0 and 8.1 are counted in: whether they are affected in write-blocking mode is not known.
+    """
+    return (8, 0, 0) <= version < (10, 0, 9) or (10, 1, 0) <= version < (10, 2, 2)
+
+
+def _select(view: GuestView, names: tuple[str, ...]) -> list[Disk]:
+    if not names:
+        return [disk for disk in view.disks if not disk.read_only]
+    found = {name: view.disk(name) for name in names}
+    for name, disk in found.items():
+        if disk is None:
+            known = ", ".join(sorted(d.name for d in view.disks)) or "none"
+            raise Refused(f"no such disk: {name}", f"The guest's disks are: {known}.")
+    return list(dict.fromkeys(disk for disk in found.values() if disk))
+
+
+def _check_disk(disk: Disk) -> None:
+    active = disk.chain.active
+    why = ""
+    hint = ""
+    if disk.jobs:
+        why = f"a block job runs on it: {', '.join(disk.jobs)}"
+        hint = "Wait for it or end it. If it is promoter's: promoter job list"
+    elif disk.filters:
+        why = f"a filter lies above its image: {', '.join(disk.filters)}"
+        hint = "Remove the filter (throttling, copy-on-read) first."
+    elif disk.read_only:
+        why = "it is read-only"
+    elif disk.other_writers:
+        why = "something besides the guest writes to it, such as a writable NBD export"
+        hint = "It would go on writing to the old disk. Remove it: block-export-del"
+    elif active.format != "qcow2":
+        why = f"its active layer is {active.format}, not qcow2"
+    elif active.snapshots:
+        why = f"its active layer holds internal snapshots: {', '.join(active.snapshots)}"
+        hint = "They would be lost. Delete them first: delvm, or qemu-img snapshot -d"
+    elif any(image.encrypted for image in disk.chain):
+        why = "its chain has encrypted images"
+        hint = "The copy would be in clear text."
+    elif remote := next((image for image in disk.chain if image.file is None), None):
+        why = f"{remote.node} is not a local file"
+    if why:
+        raise Refused(f"{disk.name}: {why}", hint)
+
+
+def _check_files(guest: Guest, disk: Disk) -> list[Path]:
+    """The chain's files, after making sure that they are the ones QEMU has open."""
+    try:
+        opened = open_files(guest.pid)
+    except OSError as error:
+        raise Refused(
+            f"{guest.name}: cannot see which files its QEMU (pid {guest.pid}) has open",
+            "Run promoter on the guest's host, as root or as QEMU's own user.",
+        ) from error
+    files = [_file(image).resolve() for image in disk.chain]
+    for file in files:
+        found = stamp(file)
+        if found is None:
+            raise Refused(f"{disk.name}: {file} is missing", "QEMU still has it open; put it back.")
+        if found.id not in opened and not file.is_block_device():
+            raise Refused(
+                f"{disk.name}: {file} is not the file that QEMU has open",
+                "It was replaced after the guest started. Put the original back.",
+            )
+    return files
+
+
+async def _check_headers(disk: Disk) -> None:
+    for image in disk.chain:
+        try:
+            found = await images.info(image)
+        except images.ImageError as error:
+            raise Refused(f"{disk.name}: {image.file} cannot be read: {error.message}") from error
+        if found.get("format-specific", {}).get("data", {}).get("corrupt"):
+            raise Refused(f"{disk.name}: {image.file} is marked corrupt", "See: qemu-img check")
+
+
+def _names(old: Path, active: Image, choices: Choices, identity: str) -> Names:
+    in_place = not (choices.target or choices.target_dir)
+    if in_place:
+        target = old.with_name(f"{old.name}.new-{identity}")
+    elif choices.target:
+        target = choices.target.absolute()
+    else:
+        target = Path(choices.target_dir or ".").absolute() / old.name
+    overlay = file_id(old)
+    assert overlay, f"{active.node}: checked to be there"
+    for directory in {old.parent, target.parent}:
+        _check_directory(directory)
+    if os.path.lexists(target):
+        same = target.exists() and stamp(target) == stamp(old)
+        why = "is the disk itself" if same else "exists"
+        raise Refused(f"target {target} {why}", "Choose another --target, or move it away.")
+    return Names(
+        old=overlay,
+        path=old,
+        target=target,
+        aside=old.with_name(f"{old.name}.aside-{identity}"),
+        prepared=old.with_name(f"{old.name}.next-{identity}"),
+        in_place=in_place,
+    )
+
+
+def _check_directory(directory: Path) -> None:
+    if not directory.is_dir():
+        raise Refused(f"no such directory: {directory}", "Create it, or choose another --target.")
+    if os.statvfs(directory).f_flag & os.ST_RDONLY:
+        raise Refused(f"{directory} is on a read-only file system", "Choose another --target.")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise Refused(f"{directory} is not writable", "Run promoter as its owner or as root.")
+
+
+def _geometry(chain: BackingChain, choices: Choices, names: Names) -> Geometry:
+    wanted = choices.format or "qcow2"
+    if names.in_place and wanted != "qcow2":
+        raise Refused(
+            f"a {wanted} image cannot take the place of {names.path}",
+            "The guest's command line opens that path as qcow2. Give a --target.",
+        )
+    active = chain.active
+    return Geometry(wanted, active.cluster_size or 64 * 1024, active.extended_l2)
+
+
+def _method(
+    below: tuple[Image, ...], asked: SeedMethod | None, geometry: Geometry, target: Path
+) -> tuple[SeedMethod, Geometry]:
+    """How to seed, and the geometry that comes of it: a copied file keeps its own."""
+    base = below[0]
+    copied = replace(
+        geometry,
+        cluster_size=base.cluster_size or geometry.cluster_size,
+        extended_l2=base.extended_l2,
+    )
+    copyable = copies_only_data(below, geometry)
+    reflinks = copyable and can_reflink(_file(base), target.parent)
+    match asked:
+        case SeedMethod.REFLINK if not reflinks:
+            raise Refused(
+                f"{base.file} cannot be reflinked to {target.parent}",
+                "That needs XFS or btrfs, and one plain layer below. Use --seed auto.",
+            )
+        case SeedMethod.COPY if not copyable:
+            raise Refused(
+                f"a copy of {base.file} would not hold just the guest's data",
+                "Use --seed convert or --seed auto.",
+            )
+        case SeedMethod.REFLINK | SeedMethod.COPY:
+            return asked, copied
+        case None if reflinks:
+            return SeedMethod.REFLINK, copied
+        case None:
+            return SeedMethod.CONVERT, geometry
+        case _:
+            return asked, geometry
+
+
+def _check_targets(intents: list[DiskIntent]) -> None:
+    targets = [intent.names.target for intent in intents]
+    if twice := next((target for target in targets if targets.count(target) > 1), None):
+        raise Refused(f"two disks would be promoted to {twice}", "Promote them one by one.")
+    paths = [intent.names.path for intent in intents]
+    if shared := next((path for path in paths if paths.count(path) > 1), None):
+        raise Refused(f"two disks of the guest are the same file: {shared}")
+
+
+def _check_space(intents: list[DiskIntent]) -> None:
+    needed: dict[int, int] = defaultdict(int)
+    places: dict[int, Path] = {}
+    for intent in intents:
+        place = intent.names.target.parent
+        device = place.stat().st_dev
+        needed[device] += intent.required
+        places[device] = place
+    for device, required in needed.items():
+        if (free := free_bytes(places[device])) < required:
+            raise Refused(
+                f"not enough space in {places[device]}: {required:,} bytes needed, {free:,} free",
+                "Make room, or choose another --target.",
+            )
+
+
+def _warnings(intent: DiskIntent) -> list[str]:
+    warnings = []
+    if bitmaps := [name for image in intent.chain for name in image.bitmaps]:
+        warnings.append(
+            f"{intent.name}: dirty bitmaps stay behind ({', '.join(bitmaps)}):"
+            " the next incremental backup must be a full one"
+        )
+    if intent.method is SeedMethod.REFLINK:
+        warnings.append(
+            f"{intent.name}: the new disk shares its extents with the base;"
+            " writing to them later takes space that is not reserved now"
+        )
+    return warnings
+
+
+def _file(image: Image) -> Path:
+    assert image.file, f"{image.node}: checked to be a local file"
+    return image.file
+
+
+def same_files(intent: DiskIntent, disk: Disk) -> bool:
+    """Is the chain still the one that was planned and seeded: files, order, contents, size?"""
+    planned = [image.file for image in intent.chain]
+    return (
+        [image.file for image in disk.chain] == planned
+        and disk.chain.active.virtual_size == intent.virtual_size
+        and tuple(stamp(_file(image)) for image in disk.chain.below) == intent.below
+    )

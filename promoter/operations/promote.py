@@ -1,0 +1,519 @@
+"""Promote: a running linked clone becomes a full clone.
+
+The steps of US 10585690 B2, in QEMU's terms: the second base disk is created
+and filled with everything below the active layer (seed); ``blockdev-mirror``,
+the mirror driver, copies the delta while every guest write goes to both disks;
+the switchover moves the guest to the new disk and removes the mirror. What to
+do next is `promoter.operations.promotion.decide`'s business; here it is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from promoter.blockjob import DRAINED, ENDED, READY, BlockJob, JobStatus, Progress
+from promoter.chain import Disk
+from promoter.errors import (
+    Cancelled,
+    Interrupted,
+    JobFailed,
+    NoSpace,
+    PromoterError,
+    Refused,
+    Unreachable,
+)
+from promoter.guests.base import CommandFailed, ConnectionLost, Guest, GuestView, MirrorSpec
+from promoter.operations import operation
+from promoter.operations.journal import Journal, OperationStatus
+from promoter.operations.plan import plan_disk, same_files
+from promoter.operations.promotion import (
+    FINAL,
+    Action,
+    Active,
+    DiskIntent,
+    DiskSeen,
+    Do,
+    Failure,
+    Job,
+    Promotion,
+    Seen,
+    Target,
+    decide,
+)
+from promoter.operations.switchover import commit_all, pause_seconds, switch_over
+from promoter.storage import seed
+from promoter.storage.files import file_id, is_locked, is_open, stamp, sync
+from promoter.storage.images import backing_name
+from promoter.storage.names import Named
+from promoter.storage.seed import SeedMethod, SeedSpec
+
+INTENT = TypeAdapter(Promotion)
+MOST_REPLANS = 3
+LONGEST_DEATH = 5.0
+STOPPABLE = frozenset({Do.SEED, Do.AWAIT_READY})
+MUST_WORK = frozenset({Do.PUT_NAME_BACK, Do.COMMIT_NAME, Do.DETACH, Do.DISCARD, Do.TIDY})
+
+Connect = Callable[[str], Awaitable[Guest]]
+OnProgress = Callable[[str, str, Progress], None]
+"""Called with a disk's name, the phase ("seed" or "mirror") and how far it is."""
+OnStep = Callable[[str], None]
+"""Called with each action that begins."""
+
+
+@dataclass
+class DiskReport:
+    """What happened to one disk. Bytes and seconds; None for what is not known.
+
+    ``spare`` is a second name of the new disk: the one its QEMU remembers. It goes when
+    that QEMU is gone.
+    """
+
+    disk: str
+    source: Path
+    target: Path
+    seed: SeedMethod
+    seeded_bytes: int | None = None
+    mirrored_bytes: int | None = None
+    duration_s: float | None = None
+    switchover_s: float | None = None
+    verified: bool = False
+    old: Path | None = None
+    node: str | None = None
+    spare: Path | None = None
+
+
+class PromoteOperation:
+    """One promotion on its way: run it, `cancel` it, or `stop` it for a later resume."""
+
+    def __init__(
+        self,
+        intent: Promotion,
+        journal: Journal,
+        connect: Connect,
+        on_progress: OnProgress,
+        on_step: OnStep,
+    ) -> None:
+        self.intent = intent
+        self._journal = journal
+        self._connect = connect
+        self._on_progress = on_progress
+        self._on_step = on_step
+        self._guest: Guest | None = None
+        self._seen = Seen(alive=False, disks=())
+        self._acting: asyncio.Task[None] | None = None
+        self._stopped = False
+        self._cancelled_jobs: set[str] = set()
+        self._reports: dict[str, DiskReport] = {}
+        self._began = time.monotonic()
+
+    @property
+    def id(self) -> str:
+        return self.intent.id
+
+    async def run(self, guest: Guest | None) -> list[DiskReport]:
+        """Bring the promotion to its end, from wherever it is; what became of each disk.
+
+        Raises what DESIGN's exit codes name: `Cancelled`, `JobFailed`, `NoSpace`, `Refused`
+        or `Unreachable` with the guest on its untouched old chain, `Interrupted` half-way.
+        """
+        self._guest = guest
+        try:
+            self._raise_unless_done(await operation.run(self, self._journal))
+        except (Cancelled, JobFailed, Refused, Unreachable) as error:
+            cancelled = isinstance(error, Cancelled)
+            status = OperationStatus.CANCELLED if cancelled else OperationStatus.FAILED
+            self._journal.conclude(self.id, status, error.message)
+            raise
+        except NoSpace:
+            self._save(replace(self.intent, failure=None, reason=""))
+            raise
+        finally:
+            await self._let_go()
+        reports = [self._report(disk) for disk in self.intent.disks]
+        names = ", ".join(report.disk for report in reports)
+        self._journal.conclude(self.id, OperationStatus.DONE, f"promoted {names or 'nothing'}")
+        return reports
+
+    def cancel(self) -> None:
+        """Ask for the old state; takes effect unless the switchover has begun."""
+        self._fail(Failure.CANCELLED, "cancelled")
+        self._interrupt()
+
+    def stop(self) -> None:
+        """Leave everything as it is, jobs running, for ``promoter job resume``."""
+        self._stopped = True
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        if self._acting:
+            self._acting.cancel()
+
+    # Look
+
+    async def look(self) -> Seen:
+        view = await self._view()
+        disks = tuple(self._look_at(disk, view) for disk in self.intent.disks)
+        self._seen = Seen(alive=view is not None, disks=disks)
+        return self._seen
+
+    async def _view(self) -> GuestView | None:
+        """One look at the guest, or None when it is certainly gone."""
+        deadline = time.monotonic() + LONGEST_DEATH
+        while True:
+            try:
+                self._guest = self._guest or await self._connect(self.intent.guest)
+                return await self._guest.look()
+            except ConnectionLost:
+                await self._let_go()
+            except Unreachable as error:
+                if not await asyncio.to_thread(self._in_use):
+                    return None
+                if time.monotonic() > deadline:
+                    raise Interrupted(
+                        f"{error.message}, but some process has its disk open",
+                        f"{error.hint} Then: promoter job resume {self.id}",
+                    ) from error
+                await asyncio.sleep(0.2)
+
+    async def _let_go(self) -> None:
+        if self._guest:
+            await self._guest.close()
+        self._guest = None
+
+    def _in_use(self) -> bool:
+        names = [
+            name
+            for disk in self.intent.disks
+            for name in (disk.names.path, disk.names.aside, disk.names.target)
+            if name.exists()
+        ]
+        return any(is_locked(name) or is_open(name) for name in names)
+
+    def _look_at(self, intent: DiskIntent, view: GuestView | None) -> DiskSeen:
+        named = intent.names.look()
+        disk = view.disk(intent.key) if view else None
+        nodes = view.nodes if view else frozenset()
+        return DiskSeen(
+            active=_active(intent, disk, named),
+            job=_job(view.jobs.get(intent.node) if view else None),
+            named=named,
+            target=_target(intent),
+            attached=bool({intent.node, f"{intent.node}-file"} & nodes),
+            prepared=intent.names.is_prepared(),
+            unchanged=disk is not None and same_files(intent, disk),
+        )
+
+    # Decide
+
+    def decide(self, seen: Seen) -> Action:
+        return decide(self.intent, seen)
+
+    def is_final(self, action: Action) -> bool:
+        return action.do in FINAL or self._stopped
+
+    def _raise_unless_done(self, last: Action) -> None:
+        if last.do is Do.DONE:
+            return
+        if last.do is not Do.GIVE_UP:
+            what = "stopped half-way" if self._stopped else "somebody moved its files"
+            raise Interrupted(
+                f"promotion {self.id}: {what}", f"Continue: promoter job resume {self.id}"
+            )
+        if any(disk.switched for disk in self._seen.disks):
+            names = [d.name for d, s in self._pairs() if not s.switched]
+            raise Interrupted(
+                f"{', '.join(names)} stayed on the old chain, the other disks are promoted:"
+                f" {self.intent.reason or 'the guest is gone'}",
+                "Promote what is left once more.",
+            )
+        raise _error(self.intent)
+
+    def _pairs(self) -> list[tuple[DiskIntent, DiskSeen]]:
+        return list(zip(self.intent.disks, self._seen.disks, strict=True))
+
+    # Act
+
+    async def act(self, action: Action) -> None:
+        """Do one action. `cancel` and `stop` end a seed or a wait at once, nothing else."""
+        self._on_step(str(action))
+        work = asyncio.create_task(self._do(action), name=str(action))
+        self._acting = work if action.do in STOPPABLE else None
+        try:
+            await work
+        except asyncio.CancelledError:
+            if not (self._stopped or self.intent.failure is Failure.CANCELLED):
+                raise
+        except OSError as error:
+            kind = NoSpace if error.errno == errno.ENOSPC else JobFailed
+            raise kind(f"{action}: {error}") from error
+        finally:
+            self._acting = None
+
+    def failed(self, action: Action, error: PromoterError) -> None:
+        if isinstance(error, ConnectionLost):
+            return
+        if action.do in MUST_WORK:
+            hint = f"{error.hint} Continue: promoter job resume {self.id}".strip()
+            raise Interrupted(f"{action} did not work: {error.message}", hint) from error
+        kinds = {NoSpace: Failure.NO_SPACE, Refused: Failure.REFUSED}
+        self._fail(kinds.get(type(error), Failure.JOB_FAILED), error.message)
+
+    def _fail(self, failure: Failure, reason: str) -> None:
+        if self.intent.failure is None:
+            self._save(replace(self.intent, failure=failure, reason=reason))
+
+    def _save(self, intent: Promotion) -> None:
+        self._journal.save(self.id, INTENT.dump_json(intent).decode())
+        self.intent = intent
+
+    async def _do(self, action: Action) -> None:
+        if action.disk is None:
+            await self._do_together(action.do)
+        else:
+            await self._do_one(action.do, action.disk, self.intent.disks[action.disk])
+
+    async def _do_together(self, do: Do) -> None:
+        match do:
+            case Do.FINISH_SWITCHOVER:
+                await commit_all(self._alive, self._with_job(Job.PENDING))
+            case Do.AWAIT_READY:
+                await self._await_ready()
+            case Do.SWITCH_OVER:
+                await switch_over(self._alive, self._with_job(Job.READY))
+            case Do.TIDY:
+                await self._tidy()
+            case _:
+                raise AssertionError(do)
+
+    async def _do_one(self, do: Do, index: int, disk: DiskIntent) -> None:
+        match do:
+            case Do.PUT_NAME_BACK:
+                disk.names.put_back()
+            case Do.COMMIT_NAME:
+                disk.names.commit()
+            case Do.PREPARE:
+                disk.names.prepare()
+            case Do.DISCARD:
+                self._discard(disk)
+            case Do.SEED:
+                await self._seed(index, disk)
+            case Do.REPLAN:
+                await self._replan(index, disk)
+            case Do.CANCEL:
+                await self._cancel_job(disk)
+            case Do.DISMISS:
+                await self._dismiss(disk)
+            case Do.MIRROR:
+                await self._mirror(disk)
+            case Do.DETACH:
+                await self._alive.detach(disk.node)
+            case Do.ATTACH:
+                target = disk.names.target
+                await self._alive.attach(disk.node, target, disk.geometry.format, disk.options)
+            case _:
+                raise AssertionError(do)
+
+    @property
+    def _alive(self) -> Guest:
+        assert self._guest, "only a guest that is there is acted upon"
+        return self._guest
+
+    def _with_job(self, job: Job) -> list[DiskIntent]:
+        return [disk for disk, seen in self._pairs() if seen.job is job]
+
+    async def _seed(self, index: int, disk: DiskIntent) -> None:
+        loop = asyncio.get_running_loop()
+        began = time.monotonic()
+
+        def report(done: int, total: int) -> None:
+            progress = Progress(done, total, time.monotonic() - began)
+            loop.call_soon_threadsafe(self._on_progress, disk.name, "seed", progress)
+
+        spec = SeedSpec(
+            layers=disk.chain.below,
+            part=disk.part,
+            method=disk.method,
+            geometry=disk.geometry,
+            virtual_size=disk.virtual_size,
+            like=disk.names.path,
+            speed=self.intent.choices.speed,
+        )
+        made = await seed.make_seed(spec, report)
+        self._report(disk).seeded_bytes = disk.part.stat().st_blocks * 512
+        self._save(self.intent.with_disk(index, replace(disk, seeded=made)))
+        seed.publish(disk.part, disk.names.target)
+
+    async def _mirror(self, disk: DiskIntent) -> None:
+        await self._alive.mirror(
+            MirrorSpec(
+                job=disk.node,
+                source=disk.chain.active.node,
+                target=disk.node,
+                sync="full" if disk.method is SeedMethod.NONE else "top",
+                granularity=disk.chain.active.granularity,
+                copy_mode=self.intent.choices.copy_mode,
+                speed=self.intent.choices.speed,
+            )
+        )
+
+    async def _await_ready(self) -> None:
+        began = time.monotonic()
+        for disk in self._with_job(Job.RUNNING):
+            name = disk.name
+
+            def tick(job: BlockJob, name: str = name) -> None:
+                progress = Progress(job.done, job.total, time.monotonic() - began)
+                self._on_progress(name, "mirror", progress)
+
+            job = await self._alive.wait_for(disk.node, READY, tick)
+            if job is None or job.status in ENDED:
+                return
+            tick(job)
+            self._report(disk).mirrored_bytes = job.done
+
+    async def _cancel_job(self, disk: DiskIntent) -> None:
+        self._cancelled_jobs.add(disk.node)
+        with suppress(CommandFailed):  # it ended by itself: the next look tells how
+            await self._alive.cancel(disk.node)
+        await self._alive.wait_for(disk.node, (), lambda _: None)
+
+    async def _dismiss(self, disk: DiskIntent) -> None:
+        """Read how the job ended, then let QEMU forget it."""
+        view = await self._alive.look()
+        job = view.jobs.get(disk.node)
+        seen = self._look_at(disk, view)
+        if job and seen.active is not Active.NEW and disk.node not in self._cancelled_jobs:
+            self._fail(*_job_failure(disk, job))
+        if seen.active is Active.NEW:
+            self._report(disk).switchover_s = pause_seconds(self._alive, disk)
+        self._cancelled_jobs.discard(disk.node)
+        await self._alive.dismiss(disk.node)
+
+    def _discard(self, disk: DiskIntent) -> None:
+        """Remove what was made for a disk that stays on its old chain."""
+        disk.names.withdraw()
+        disk.part.unlink(missing_ok=True)
+        if disk.seeded and file_id(disk.names.target) == disk.seeded.id:
+            disk.names.target.unlink()
+        sync(disk.names.target.parent)
+
+    async def _replan(self, index: int, disk: DiskIntent) -> None:
+        """The chain is no longer the one that was seeded: plan and seed what is there now."""
+        found = (await self._alive.look()).disk(disk.key)
+        if found is None:
+            raise JobFailed(f"{disk.name} was unplugged from the guest")
+        if disk.replanned == MOST_REPLANS:
+            raise JobFailed(f"{disk.name}: its chain changed {MOST_REPLANS + 1} times")
+        if len(found.chain) == 1:
+            self._save(self.intent.without_disk(index))
+            return
+        again = await plan_disk(self._alive, found, self.intent.choices, self.id, disk.index)
+        again = replace(again, replanned=disk.replanned + 1)
+        self._save(self.intent.with_disk(index, again))
+
+    async def _tidy(self) -> None:
+        """After the switch: close the old nodes, remove the names that were only on the way."""
+        view = await self._alive.look() if self._guest else None
+        for disk in self.intent.disks:
+            found = view.disk(disk.key) if view else None
+            if found and any(image.node == disk.node for image in found.chain):
+                await self._drop_old_nodes(disk)
+            disk.names.tidy()
+            disk.part.unlink(missing_ok=True)
+            remembered = view is not None and str(disk.names.target) in view.files
+            if disk.names.in_place and not remembered and not _is_named_as_backing(disk):
+                disk.names.target.unlink(missing_ok=True)
+            report = self._report(disk)
+            report.duration_s = time.monotonic() - self._began
+        self._save(replace(self.intent, tidied=True))
+
+    async def _drop_old_nodes(self, disk: DiskIntent) -> None:
+        for image in disk.chain:
+            for node in (image.node, image.file_node):
+                if node and node in (await self._alive.look()).nodes:
+                    await self._alive.drop(node)
+
+    def _report(self, disk: DiskIntent) -> DiskReport:
+        names = disk.names
+        report = self._reports.setdefault(
+            disk.node,
+            DiskReport(disk.name, names.path, names.target, disk.method, node=disk.node),
+        )
+        report.target = names.path if names.in_place else names.target
+        report.old = names.aside
+        report.spare = names.target if names.in_place and names.target.exists() else None
+        return report
+
+
+def _active(intent: DiskIntent, disk: Disk | None, named: Named) -> Active:
+    """What the guest writes to: by node-name in the QEMU that switched, by file in another."""
+    if disk is None:
+        return Active.ABSENT
+    path = intent.chain.active.file
+    bottom = disk.chain.images[-1]
+    ours = any(image.node == intent.node for image in disk.chain)
+    rebooted = named is Named.NEW and bottom.file in (path, intent.names.target)
+    if ours or rebooted:
+        return Active.NEW
+    return Active.OLD if disk.chain.active.file == path else Active.OTHER
+
+
+def _job(job: BlockJob | None) -> Job:
+    if job is None or job.status is JobStatus.NULL:
+        return Job.NONE
+    if job.status is JobStatus.CONCLUDED:
+        return Job.FAILED if job.error else Job.DONE
+    if job.status in DRAINED:
+        return Job.PENDING
+    return Job.READY if job.status in READY else Job.RUNNING
+
+
+def _target(intent: DiskIntent) -> Target:
+    found = stamp(intent.names.target)
+    if intent.seeded and found and found.id == intent.seeded.id:
+        return Target.SEEDED if found == intent.seeded else Target.USED
+    return Target.USED if intent.part.exists() else Target.ABSENT
+
+
+def _job_failure(disk: DiskIntent, job: BlockJob) -> tuple[Failure, str]:
+    why = job.error or "somebody ended it before the switchover"
+    full = "No space left" in why
+    return (
+        Failure.NO_SPACE if full else Failure.JOB_FAILED,
+        f"{disk.name}: the mirror to {disk.names.target} failed: {why}",
+    )
+
+
+def _is_named_as_backing(disk: DiskIntent) -> bool:
+    """Does an image in the same directory have the target's first name in its header?"""
+    target = disk.names.target
+    siblings = (path for path in target.parent.iterdir() if path.is_file())
+    return any(Path(backing_name(path) or "").name == target.name for path in siblings)
+
+
+def _error(intent: Promotion) -> PromoterError:
+    unchanged = "The guest is unchanged on its old chain."
+    match intent.failure:
+        case None:
+            return Unreachable(
+                f"{intent.guest} went away before the switchover",
+                "Its disks are the untouched old chain. Start it and promote again.",
+            )
+        case Failure.CANCELLED:
+            return Cancelled(f"promotion {intent.id} was cancelled", unchanged)
+        case Failure.NO_SPACE:
+            return NoSpace(
+                intent.reason, f"{unchanged} Make room, then: promoter job resume {intent.id}"
+            )
+        case Failure.REFUSED:
+            return Refused(intent.reason, unchanged)
+        case Failure.JOB_FAILED:
+            return JobFailed(intent.reason, unchanged)

@@ -1,0 +1,271 @@
+"""Promote, as values: what is intended, what is seen, and what comes next.
+
+`decide` is pure. A fresh run, a retry and a recovery after a kill are the same
+function asked at another moment; nothing depends on what promoter remembers
+having done. The rules it keeps, whatever it is shown:
+
+* a guest that stands still comes first: finish its switchover if the names
+  have begun to change, else cancel;
+* the path that the next boot opens must name the disk the guest writes to;
+* names are changed only when every disk's mirror is ready and every chain is
+  still the one that was seeded;
+* nothing that a guest writes to, or that its next boot opens, is discarded.
+
+Source: US 10585690 B2, claims 1 to 7 (docs name the steps); QAPI
+``blockdev-mirror``, ``job-complete``, ``job-finalize``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum, IntEnum, StrEnum
+from pathlib import Path
+
+from promoter.chain import BackingChain, DiskOptions, FileStamp
+from promoter.storage.names import Named, Names
+from promoter.storage.seed import Geometry, SeedMethod
+
+
+class CopyMode(StrEnum):
+    """When a guest's write reaches the target (QAPI ``MirrorCopyMode``)."""
+
+    WRITE_BLOCKING = "write-blocking"
+    BACKGROUND = "background"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the operator asked for. ``speed`` is in bytes per second, 0 for no limit."""
+
+    disks: tuple[str, ...] = ()
+    target: Path | None = None
+    target_dir: Path | None = None
+    format: str | None = None
+    seed: SeedMethod | None = None
+    speed: int = 0
+    copy_mode: CopyMode = CopyMode.WRITE_BLOCKING
+
+
+@dataclass(frozen=True)
+class DiskIntent:
+    """One disk of a promotion. ``node`` is also the name of its mirror job."""
+
+    node: str
+    index: int
+    key: str
+    name: str
+    chain: BackingChain
+    below: tuple[FileStamp, ...]
+    options: DiskOptions
+    names: Names
+    method: SeedMethod
+    geometry: Geometry
+    required: int
+    seeded: FileStamp | None = None
+    replanned: int = 0
+
+    @property
+    def part(self) -> Path:
+        """Where the seed grows before it has its name."""
+        target = self.names.target
+        return target.with_name(f"{target.name}.part-{self.node.split('-')[1]}")
+
+    @property
+    def virtual_size(self) -> int:
+        return self.chain.active.virtual_size
+
+
+class Failure(StrEnum):
+    """Why a promotion goes no further."""
+
+    CANCELLED = "cancelled"
+    NO_SPACE = "no space"
+    REFUSED = "refused"
+    JOB_FAILED = "job failed"
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """The journalled intent. ``failure`` says why it is being put back, if it is."""
+
+    id: str
+    guest: str
+    choices: Choices
+    disks: tuple[DiskIntent, ...]
+    failure: Failure | None = None
+    reason: str = ""
+    tidied: bool = False
+
+    def with_disk(self, index: int, disk: DiskIntent) -> Promotion:
+        return replace(self, disks=(*self.disks[:index], disk, *self.disks[index + 1 :]))
+
+    def without_disk(self, index: int) -> Promotion:
+        return replace(self, disks=self.disks[:index] + self.disks[index + 1 :])
+
+
+class Active(Enum):
+    """What the guest writes to, going by its own graph."""
+
+    OLD = "old"
+    NEW = "new"
+    OTHER = "other"
+    ABSENT = "absent"
+
+
+class Job(Enum):
+    """Where our mirror job stands."""
+
+    NONE = "none"
+    RUNNING = "running"
+    READY = "ready"
+    PENDING = "pending"
+    DONE = "done"
+    FAILED = "failed"
+
+
+class Target(Enum):
+    """The target's file: not there, exactly as it was seeded, or half-made or written to."""
+
+    ABSENT = "absent"
+    SEEDED = "seeded"
+    USED = "used"
+
+
+@dataclass(frozen=True)
+class DiskSeen:
+    """One disk as the guest and the files show it."""
+
+    active: Active
+    job: Job
+    named: Named
+    target: Target
+    attached: bool
+    prepared: bool
+    unchanged: bool
+
+    @property
+    def switched(self) -> bool:
+        """The disk is promoted: the guest's path names the new image and nobody uses the old."""
+        return self.named is Named.NEW and self.active in (Active.NEW, Active.ABSENT)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One look at everything. In a guest that is gone every disk is absent, without a job."""
+
+    alive: bool
+    disks: tuple[DiskSeen, ...]
+
+
+class Do(IntEnum):
+    """The actions, in the order in which a group of disks goes through them."""
+
+    STUCK = 0
+    FINISH_SWITCHOVER = 1
+    CANCEL = 2
+    PUT_NAME_BACK = 3
+    DISMISS = 4
+    COMMIT_NAME = 5
+    DETACH = 6
+    DISCARD = 7
+    REPLAN = 8
+    SEED = 9
+    ATTACH = 10
+    MIRROR = 11
+    AWAIT_READY = 12
+    PREPARE = 13
+    SWITCH_OVER = 14
+    TIDY = 15
+    DONE = 16
+    GIVE_UP = 17
+
+
+FINAL = frozenset({Do.STUCK, Do.DONE, Do.GIVE_UP})
+
+
+@dataclass(frozen=True, order=True)
+class Action:
+    """One next step; ``disk`` is an index, or None for all disks."""
+
+    do: Do
+    disk: int | None = None
+
+    def __str__(self) -> str:
+        name = self.do.name.lower().replace("_", " ")
+        return name if self.disk is None else f"{name} (disk {self.disk})"
+
+
+def decide(intent: Promotion, seen: Seen) -> Action:
+    """The next action that brings the promotion to its end, or safely back."""
+    if any(disk.named is Named.UNKNOWN for disk in seen.disks):
+        return Action(Do.STUCK)
+    committed = any(disk.named is Named.NEW for disk in seen.disks)
+    steps = [
+        Action(do, index)
+        for index, disk in enumerate(seen.disks)
+        if (do := _next(intent, disk, alive=seen.alive, committed=committed)) is not None
+    ]
+    if not steps:
+        return _end(intent, seen)
+    first = min(steps)
+    together = first.do in (Do.AWAIT_READY, Do.SWITCH_OVER, Do.FINISH_SWITCHOVER)
+    return Action(first.do) if together else first
+
+
+def _end(intent: Promotion, seen: Seen) -> Action:
+    if not all(disk.switched for disk in seen.disks):
+        return Action(Do.GIVE_UP)
+    return Action(Do.DONE if intent.tidied else Do.TIDY)
+
+
+def _next(intent: Promotion, disk: DiskSeen, *, alive: bool, committed: bool) -> Do | None:
+    """What one disk needs next; None when there is nothing left to do for it."""
+    if disk.job is Job.PENDING:
+        return Do.FINISH_SWITCHOVER if committed else Do.CANCEL
+    if disk.named is Named.NEW and disk.active is Active.OLD:
+        return Do.PUT_NAME_BACK
+    if disk.job in (Job.DONE, Job.FAILED):
+        return Do.DISMISS
+    if disk.active is Active.NEW and disk.named is Named.OLD:
+        return Do.COMMIT_NAME if disk.prepared else Do.PREPARE
+    if disk.switched:
+        return None
+    if disk.named is Named.NEW:
+        return Do.STUCK
+    if intent.failure or not alive:
+        return _back(disk)
+    return _forward(disk)
+
+
+def _back(disk: DiskSeen) -> Do | None:
+    if disk.job is not Job.NONE:
+        return Do.CANCEL
+    if disk.attached:
+        return Do.DETACH
+    if disk.target is not Target.ABSENT or disk.prepared:
+        return Do.DISCARD
+    return None
+
+
+def _forward(disk: DiskSeen) -> Do:
+    if not disk.unchanged or disk.active is not Active.OLD:
+        return _back(disk) or Do.REPLAN
+    match disk.job:
+        case Job.RUNNING:
+            return Do.AWAIT_READY
+        case Job.READY:
+            return Do.SWITCH_OVER if disk.prepared else Do.PREPARE
+        case _:
+            return _to_the_mirror(disk)
+
+
+def _to_the_mirror(disk: DiskSeen) -> Do:
+    if disk.attached:
+        return Do.DETACH if disk.target is Target.ABSENT else Do.MIRROR
+    match disk.target:
+        case Target.ABSENT:
+            return Do.SEED
+        case Target.USED:
+            return Do.DISCARD
+        case Target.SEEDED:
+            return Do.ATTACH

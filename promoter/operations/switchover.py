@@ -1,0 +1,133 @@
+"""The switchover: the one action inside which nothing waits on anything slow.
+
+Plain QEMU's PENDING (``auto-finalize=false``) is the instant: the guest's I/O
+is drained, the target is flushed, both disks hold the same bytes and nothing is
+decided yet. Inside it one rename per disk is the commit record, then
+``job-finalize``. Before the first rename any failure cancels every disk; after
+it none goes back, except a disk whose job could not be finalized: the guest
+still writes to the old overlay then, so its path is the old overlay again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+
+from promoter.blockjob import DRAINED, BlockJob, JobStatus
+from promoter.errors import JobFailed, PromoterError
+from promoter.guests.base import CommandFailed, Guest
+from promoter.operations import guard
+from promoter.operations.promotion import DiskIntent
+from promoter.storage.names import Named
+
+DEADLINE = 1.0
+LONGEST_WAIT = 60.0
+
+
+async def switch_over(guest: Guest, disks: Sequence[DiskIntent]) -> None:
+    """Move every ready disk to its target. All jobs have ended when this returns.
+
+    Raises `JobFailed` when disks were put back; `ConnectionLost` when the guest went away.
+    """
+    async with _guarded(guest, disks) as alive:
+        try:
+            async with asyncio.timeout(LONGEST_WAIT):
+                await _drain(guest, disks, alive)
+            await commit(guest, disks[0])
+        except BaseException as error:
+            await _put_back(guest, disks)
+            if isinstance(error, TimeoutError):
+                raise JobFailed(f"{guest.name}: no switchover in {LONGEST_WAIT:.0f} s") from error
+            raise
+        await commit_all(guest, disks[1:])
+
+
+async def commit_all(guest: Guest, disks: Sequence[DiskIntent]) -> None:
+    """Commit drained disks after the first: one that fails keeps no other from its switch."""
+    failures = []
+    for disk in disks:
+        try:
+            await commit(guest, disk)
+        except JobFailed as error:
+            failures.append(error.message)
+    if failures:
+        raise JobFailed("; ".join(failures))
+
+
+async def commit(guest: Guest, disk: DiskIntent) -> None:
+    """Give a drained disk its new name and let QEMU switch it.
+
+    Raises `JobFailed` after putting the disk back when either fails.
+    """
+    try:
+        if disk.names.look() is Named.OLD:
+            disk.names.commit()
+    except OSError as error:
+        await guest.cancel(disk.node)
+        raise JobFailed(f"{disk.name} was put back: its name cannot change: {error}") from error
+    with suppress(CommandFailed):  # the guard was faster: the job's own state tells
+        await guest.finalize(disk.node)
+    job = await guest.wait_for(disk.node, (), lambda _: None)
+    if job is not None and job.error:
+        disk.names.put_back()
+        raise JobFailed(f"{disk.name} could not be switched: {job.error}")
+
+
+async def _drain(guest: Guest, disks: Sequence[DiskIntent], alive: _Pulse) -> None:
+    for disk in disks:
+        await guest.complete(disk.node)
+    for disk in disks:
+        job = await guest.wait_for(disk.node, DRAINED, alive.beat)
+        if job is None or job.status not in DRAINED:
+            why = job.error if job and job.error else "its mirror ended"
+            raise JobFailed(f"{disk.name} did not switch: {why}")
+
+
+async def _put_back(guest: Guest, disks: Sequence[DiskIntent]) -> None:
+    for disk in disks:
+        disk.names.revoke()
+        with suppress(PromoterError):  # ended already, or the guest is gone
+            await guest.cancel(disk.node)
+
+
+class _Pulse:
+    """promoter's end of the guard's pipe."""
+
+    def __init__(self, pipe: asyncio.StreamWriter) -> None:
+        self._pipe = pipe
+
+    def beat(self, _: BlockJob) -> None:
+        self._pipe.write(guard.ALIVE)
+
+
+@asynccontextmanager
+async def _guarded(guest: Guest, disks: Sequence[DiskIntent]) -> AsyncIterator[_Pulse]:
+    switches = tuple(guard.Switch(disk.node, disk.names) for disk in disks)
+    spec = guard.GuardSpec(guest.monitor_fd, DEADLINE, switches)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", guard.__name__, guard.SPEC.dump_json(spec).decode()),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        pass_fds=[guest.monitor_fd],
+        start_new_session=True,
+    )
+    assert process.stdin and process.stdout
+    if await process.stdout.read(1) != guard.READY:
+        raise JobFailed("the switchover's guard did not start")
+    try:
+        yield _Pulse(process.stdin)
+    finally:
+        process.stdin.write(guard.LEAVE)
+        with suppress(ConnectionError):
+            await process.stdin.drain()
+        process.stdin.close()
+        await process.wait()
+
+
+def pause_seconds(guest: Guest, disk: DiskIntent) -> float | None:
+    """How long the guest's I/O stood still, by QEMU's own event timestamps."""
+    drained = guest.transition_time(disk.node, JobStatus.WAITING)
+    flowing = guest.transition_time(disk.node, JobStatus.CONCLUDED)
+    return None if drained is None or flowing is None else flowing - drained

@@ -1,0 +1,93 @@
+"""Files as they are on this host: identity, durability, who has them open, room."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from promoter.chain import FileId, FileStamp
+
+QEMU_PERMISSION_BYTES = range(100, 104)
+QEMU_UNSHARED_BYTES = range(200, 204)
+
+
+def file_id(path: Path) -> FileId | None:
+    """The file that ``path`` itself names (a symbolic link is not followed)."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return None
+    return FileId(found.st_dev, found.st_ino)
+
+
+def stamp(path: Path) -> FileStamp | None:
+    """What ``path`` leads to and when it was last written; None when it is not there."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return FileStamp(FileId(found.st_dev, found.st_ino), found.st_size, found.st_mtime_ns)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a directory."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def free_bytes(directory: Path) -> int:
+    """Bytes this process may still allocate on the directory's file system."""
+    space = os.statvfs(directory)
+    return space.f_bavail * space.f_frsize
+
+
+def open_files(pid: int) -> frozenset[FileId]:
+    """The files a process has open. Raises PermissionError for another user's process."""
+    return frozenset(_ids(Path(f"/proc/{pid}/fd")))
+
+
+def _ids(directory: Path) -> Iterator[FileId]:
+    for entry in directory.iterdir():
+        try:
+            found = entry.stat()
+        except FileNotFoundError:
+            continue
+        yield FileId(found.st_dev, found.st_ino)
+
+
+def is_locked(path: Path) -> bool:
+    """Does a QEMU process hold its image lock on the file?
+
+    Source: QEMU's block/file-posix.c: open file description locks, byte 100+i
+    for a permission held and 200+i for one not shared.
+    """
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return any(_busy(fd, byte) for byte in (*QEMU_PERMISSION_BYTES, *QEMU_UNSHARED_BYTES))
+    finally:
+        os.close(fd)
+
+
+def _busy(fd: int, byte: int) -> bool:
+    layout = "hhqqi4x"
+    request = struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, request)
+    return struct.unpack(layout, answer)[0] != fcntl.F_UNLCK  # type: ignore[no-any-return]
+
+
+def is_open(path: Path) -> bool:
+    """Does any process that we may look into have the file open?"""
+    wanted = stamp(path)
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if wanted and wanted.id in open_files(int(process.name)):
+                return True
+        except (PermissionError, FileNotFoundError, ProcessLookupError):
+            continue
+    return False

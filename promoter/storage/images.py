@@ -1,0 +1,132 @@
+"""qemu-img, and the few bytes of a qcow2 header that need no process.
+
+Every call is given the image's format or a whole chain (`promoter.chain.image_spec`):
+nothing is ever probed. A helper process dies with promoter, so that no orphan
+goes on writing. Failures are `NoSpace` or `ImageError`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from promoter.chain import Image, image_spec
+from promoter.errors import JobFailed, NoSpace
+
+Report = Callable[[int, int], None]
+PERCENT = re.compile(r"\(([0-9.]+)/100%\)")
+
+
+class ImageError(JobFailed):
+    """qemu-img failed; its own words are in the message."""
+
+
+async def info(image: Image) -> dict[str, Any]:
+    """``qemu-img info`` of one image, opened beside whoever has it open."""
+    answer = await _qemu_img("info", "-U", "--output=json", image_spec((image,)))
+    found: dict[str, Any] = json.loads(answer)
+    return found
+
+
+async def measure(images: tuple[Image, ...], image_format: str, options: str) -> int:
+    """Bytes a full copy of the chain would allocate (``qemu-img measure``)."""
+    arguments = ["-U", "--output=json", "-O", image_format, *_creation(options)]
+    required: int = json.loads(await _qemu_img("measure", *arguments, image_spec(images)))[
+        "required"
+    ]
+    return required
+
+
+async def create(path: Path, image_format: str, options: str, virtual_size: int) -> None:
+    """Make an empty image of ``virtual_size`` bytes."""
+    await _qemu_img("create", "-f", image_format, *_creation(options), str(path), str(virtual_size))
+
+
+async def resize(path: Path, image_format: str, virtual_size: int) -> None:
+    """Grow or shrink an image nobody has open to ``virtual_size`` bytes."""
+    await _qemu_img("resize", "-f", image_format, "--shrink", str(path), str(virtual_size))
+
+
+async def convert(
+    images: tuple[Image, ...],
+    path: Path,
+    image_format: str,
+    options: str,
+    *,
+    direct: bool,
+    speed: int,
+    report: Report,
+) -> None:
+    """Copy what a chain shows into a new image at ``path`` (``qemu-img convert``).
+
+    ``direct`` bypasses the page cache; ``speed`` is in bytes per second, 0 for no limit.
+    """
+    cache = "none" if direct else "writeback"
+    total = images[0].virtual_size
+    await _qemu_img(
+        *("convert", "-p", "-W", "-m", "16", "-t", cache, "-T", cache),
+        *(("-r", str(speed)) if speed else ()),
+        *("-O", image_format, *_creation(options), image_spec(images), str(path)),
+        report=lambda percent: report(int(total * percent / 100), total),
+    )
+
+
+def backing_name(path: Path) -> str | None:
+    """The backing file that a qcow2 header names; None for another format or without one.
+
+    Source: QEMU's docs/interop/qcow2.txt, bytes 8 to 19 of the header.
+    """
+    with path.open("rb") as file:
+        header = file.read(20)
+        if len(header) < 20 or header[:4] != b"QFI\xfb":
+            return None
+        offset, size = struct.unpack(">QI", header[8:20])
+        if not offset or size > 1023:
+            return None
+        file.seek(offset)
+        return file.read(size).decode(errors="surrogateescape")
+
+
+def _creation(options: str) -> tuple[str, ...]:
+    return ("-o", options) if options else ()
+
+
+async def _qemu_img(*arguments: str, report: Callable[[float], None] | None = None) -> str:
+    process = await asyncio.create_subprocess_exec(
+        *("setpriv", "--pdeathsig", "KILL", "qemu-img", *arguments),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout and process.stderr
+    try:
+        async with asyncio.TaskGroup() as group:
+            errors = group.create_task(process.stderr.read(), name="qemu-img errors")
+            output = group.create_task(_read(process.stdout, report), name="qemu-img output")
+            await process.wait()
+    except BaseException:
+        if process.returncode is None:
+            process.kill()
+            await asyncio.shield(process.wait())
+        raise
+    if process.returncode:
+        text = errors.result().decode(errors="replace").strip()
+        error = NoSpace if "No space left on device" in text else ImageError
+        raise error(f"qemu-img {arguments[0]}: {text or f'exit {process.returncode}'}")
+    return output.result()
+
+
+async def _read(stream: asyncio.StreamReader, report: Callable[[float], None] | None) -> str:
+    text = ""
+    while chunk := await stream.read(4096):
+        text += chunk.decode(errors="replace")
+        if report and (percent := PERCENT.findall(text)):
+            report(float(percent[-1]))
+            text = text[text.rindex("%)") :]
+    return text

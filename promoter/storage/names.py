@@ -1,0 +1,109 @@
+"""What the guest's next boot opens, and the one instant at which that changes.
+
+The guest's own command line names a path. Before the switchover that path is
+the old overlay; the commit is one ``rename(2)`` of a prepared name over it:
+
+* in place, the prepared name is a hard link to the new image;
+* with a target elsewhere it is a symbolic link that leads nowhere, so that the
+  old command line fails loudly instead of booting yesterday's disk.
+
+`commit` and `revoke` exclude each other: both need the prepared name, and the
+file system gives it to one of them.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from promoter.chain import FileId
+from promoter.storage.files import file_id, sync
+
+
+class Named(Enum):
+    """What the guest's path leads to."""
+
+    OLD = "old"
+    NEW = "new"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of one disk's switch, all in the old overlay's directory but ``target``.
+
+    ``path`` is what the guest's command line opens, ``old`` the overlay it leads to
+    before the switch, ``aside`` the name the old overlay keeps, ``prepared`` the name
+    that the commit moves over ``path``.
+    """
+
+    old: FileId
+    path: Path
+    target: Path
+    aside: Path
+    prepared: Path
+    in_place: bool
+
+    def prepare(self) -> None:
+        """Make ``aside`` and ``prepared``; the guest's path is untouched. Repeatable."""
+        with suppress(FileExistsError):
+            os.link(self.path, self.aside)
+        self.prepared.unlink(missing_ok=True)
+        if self.in_place:
+            os.link(self.target, self.prepared)
+        else:
+            self.prepared.symlink_to(f"promoted to {self.target.name}, kept as {self.aside.name}")
+        sync(self.path.parent)
+
+    def is_prepared(self) -> bool:
+        return file_id(self.aside) == self.old and os.path.lexists(self.prepared)
+
+    def commit(self) -> None:
+        """The commit record: one rename, then an fsync of the directory.
+
+        Raises FileNotFoundError when the prepared name was revoked.
+        """
+        self.prepared.rename(self.path)
+        sync(self.path.parent)
+
+    def revoke(self) -> bool:
+        """Take the prepared name away; False when it is gone: the commit has happened."""
+        try:
+            self.prepared.unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def put_back(self) -> None:
+        """Undo a commit whose switchover failed: the path is the old overlay again."""
+        back = self.aside.with_name(f"{self.aside.name}.back")
+        back.unlink(missing_ok=True)
+        os.link(self.aside, back)
+        back.rename(self.path)
+        sync(self.path.parent)
+
+    def look(self) -> Named:
+        """What the path leads to now."""
+        path = file_id(self.path)
+        if path == self.old:
+            return Named.OLD
+        if self.in_place:
+            return Named.NEW if path is not None and path == file_id(self.target) else Named.UNKNOWN
+        moved = path is None or self.path.is_symlink()
+        return Named.NEW if moved and file_id(self.aside) == self.old else Named.UNKNOWN
+
+    def tidy(self) -> None:
+        """After the switch: remove the name that leads nowhere."""
+        if not self.in_place and self.path.is_symlink():
+            self.path.unlink()
+            sync(self.path.parent)
+
+    def withdraw(self) -> None:
+        """Before any switch: remove the names made by `prepare`."""
+        self.prepared.unlink(missing_ok=True)
+        if file_id(self.path) == self.old:
+            self.aside.unlink(missing_ok=True)
+        sync(self.path.parent)
