@@ -51,9 +51,9 @@ class Output(Protocol):
 
     def plan(self, plan: Plan, *, dry_run: bool) -> None: ...
 
-    def step(self, action: str) -> None: ...
+    def step(self, operation: str, action: str) -> None: ...
 
-    def progress(self, disk: str, phase: str, progress: Progress) -> None: ...
+    def progress(self, operation: str, disk: str, phase: str, progress: Progress) -> None: ...
 
     def result(self, result: dict[str, Any], reports: Sequence[DiskReport]) -> None: ...
 
@@ -64,9 +64,6 @@ class Output(Protocol):
 
 class JsonOutput:
     """One JSON object a line."""
-
-    def __init__(self) -> None:
-        self.operation: str | None = None
 
     def _say(self, event: str, **fields: Any) -> None:
         sys.stdout.write(json.dumps({"event": event, **fields}, default=str) + "\n")
@@ -85,16 +82,15 @@ class JsonOutput:
             self._say("step", id=entry.id, **asdict(step))
 
     def plan(self, plan: Plan, *, dry_run: bool) -> None:
-        self.operation = plan.promotion.id
         self._say("plan", operation="promote", **plan_fields(plan))
 
-    def step(self, action: str) -> None:
-        self._say("step", id=self.operation, action=action)
+    def step(self, operation: str, action: str) -> None:
+        self._say("step", id=operation, action=action)
 
-    def progress(self, disk: str, phase: str, progress: Progress) -> None:
+    def progress(self, operation: str, disk: str, phase: str, progress: Progress) -> None:
         self._say(
             "progress",
-            id=self.operation,
+            id=operation,
             disk=disk,
             phase=phase,
             done_bytes=progress.done,
@@ -163,11 +159,11 @@ class PlainOutput:
         if dry_run:
             self.console.print("dry run: nothing was changed")
 
-    def step(self, action: str) -> None:
+    def step(self, operation: str, action: str) -> None:
         if self._verbose:
             self.console.print(f"step: {action}")
 
-    def progress(self, disk: str, phase: str, progress: Progress) -> None:
+    def progress(self, operation: str, disk: str, phase: str, progress: Progress) -> None:
         last = self._said.get((disk, phase))
         done = progress.done >= progress.total
         if last is not None and progress.elapsed - last < LINE_EVERY and not done:
@@ -219,7 +215,7 @@ class LiveOutput(PlainOutput):
         self._bars = Bars(*columns, console=self.console)
         self._tasks: dict[str, TaskID] = {}
 
-    def progress(self, disk: str, phase: str, progress: Progress) -> None:
+    def progress(self, operation: str, disk: str, phase: str, progress: Progress) -> None:
         if disk not in self._tasks:
             self._bars.start()
             self._tasks[disk] = self._bars.add_task(escape(disk), text="")

@@ -9,6 +9,7 @@ import asyncio
 import signal
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from promoter.guests.qmp import QmpGuest
 from promoter.operations.journal import Journal, OperationStatus, new_id
 from promoter.operations.plan import plan
 from promoter.operations.promote import INTENT, DiskReport, PromoteOperation
-from promoter.operations.promotion import Choices
+from promoter.operations.promotion import Choices, Promotion
 
 ENDED = frozenset({OperationStatus.DONE, OperationStatus.FAILED, OperationStatus.CANCELLED})
 
@@ -74,30 +75,29 @@ async def promote(
     with journal.hold(promotion.id):
         intent = INTENT.dump_json(promotion).decode()
         journal.open(promotion.id, "promote", promotion.guest, intent)
-        operation = PromoteOperation(promotion, journal, connect, output.progress, output.step)
-        reports = await _run(operation, guest)
+        reports = await _run(promotion, journal, guest, output)
     output.result(_result(promotion.id, name, "done"), reports)
 
 
 async def resume(identity: str | None, state: Path, output: Output) -> None:
     """Finish what was interrupted, or put it back: one operation, or all of them.
 
-    Without an id every operation is tried; the first error is raised at the end.
+    Without an id every operation is tried, and the first error's code is the command's.
     """
     journal = Journal(state)
     if identity is not None:
         await _resume(journal, journal.entry(identity).id, output)
         return
-    errors = []
+    codes = []
     for entry in journal.entries():
         if entry.status is OperationStatus.INTERRUPTED or _leaves_spare(entry.intent):
             try:
                 await _resume(journal, entry.id, output)
             except PromoterError as error:
-                errors.append(error)
+                codes.append(error.exit_code)
                 output.error(error)
-    if errors:
-        raise errors[0]
+    if codes:
+        raise typer.Exit(codes[0])
 
 
 def _leaves_spare(intent: str) -> bool:
@@ -114,12 +114,16 @@ async def _resume(journal: Journal, identity: str, output: Output) -> None:
             output.result(_result(identity, entry.guest, entry.status), [])
             return
         promotion = replace(INTENT.validate_json(entry.intent), tidied=False)
-        operation = PromoteOperation(promotion, journal, connect, output.progress, output.step)
-        reports = await _run(operation, None)
+        reports = await _run(promotion, journal, None, output)
     output.result(_result(identity, entry.guest, "done"), reports)
 
 
-async def _run(operation: PromoteOperation, guest: Guest | None) -> Sequence[DiskReport]:
+async def _run(
+    promotion: Promotion, journal: Journal, guest: Guest | None, output: Output
+) -> Sequence[DiskReport]:
+    progress = partial(output.progress, promotion.id)
+    step = partial(output.step, promotion.id)
+    operation = PromoteOperation(promotion, journal, connect, progress, step)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, operation.cancel)
     loop.add_signal_handler(signal.SIGTERM, operation.stop)

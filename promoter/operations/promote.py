@@ -57,6 +57,7 @@ from promoter.storage.seed import SeedMethod, SeedSpec
 
 INTENT = TypeAdapter(Promotion)
 MOST_REPLANS = 3
+CANCELED = "Operation canceled"
 LONGEST_DEATH = 5.0
 STOPPABLE = frozenset({Do.SEED, Do.AWAIT_READY})
 MUST_WORK = frozenset({Do.PUT_NAME_BACK, Do.COMMIT_NAME, Do.DETACH, Do.DISCARD, Do.TIDY})
@@ -110,7 +111,7 @@ class PromoteOperation:
         self._seen = Seen(alive=False, disks=())
         self._acting: asyncio.Task[None] | None = None
         self._stopped = False
-        self._cancelled_jobs: set[str] = set()
+        self._expected_cancels: set[str] = set()
         self._reports: dict[str, DiskReport] = {}
         self._began = time.monotonic()
 
@@ -125,6 +126,8 @@ class PromoteOperation:
         or `Unreachable` with the guest on its untouched old chain, `Interrupted` half-way.
         """
         self._guest = guest
+        if guest is None:  # a resume: the guard may have put the switchover back
+            self._expected_cancels.update(disk.node for disk in self.intent.disks)
         try:
             self._raise_unless_done(await operation.run(self, self._journal))
         except (Cancelled, JobFailed, Refused, Unreachable) as error:
@@ -198,7 +201,7 @@ class PromoteOperation:
         return any(is_locked(name) or is_open(name) for name in names)
 
     def _look_at(self, intent: DiskIntent, view: GuestView | None) -> DiskSeen:
-        named = intent.names.look()
+        named = intent.names.look(intent.seeded.id if intent.seeded else None)
         disk = view.disk(intent.key) if view else None
         nodes = view.nodes if view else frozenset()
         return DiskSeen(
@@ -283,7 +286,7 @@ class PromoteOperation:
     async def _do_together(self, do: Do) -> None:
         match do:
             case Do.FINISH_SWITCHOVER:
-                await commit_all(self._alive, self._with_job(Job.PENDING))
+                await commit_all(self._alive, [d for d, s in self._pairs() if s.can_finish])
             case Do.AWAIT_READY:
                 await self._await_ready()
             case Do.SWITCH_OVER:
@@ -307,7 +310,7 @@ class PromoteOperation:
                 await self._seed(index, disk)
             case Do.REPLAN:
                 await self._replan(index, disk)
-            case Do.CANCEL:
+            case Do.CANCEL | Do.UNFREEZE:
                 await self._cancel_job(disk)
             case Do.DISMISS:
                 await self._dismiss(disk)
@@ -380,7 +383,7 @@ class PromoteOperation:
             self._report(disk).mirrored_bytes = job.done
 
     async def _cancel_job(self, disk: DiskIntent) -> None:
-        self._cancelled_jobs.add(disk.node)
+        self._expected_cancels.add(disk.node)
         with suppress(CommandFailed):  # it ended by itself: the next look tells how
             await self._alive.cancel(disk.node)
         await self._alive.wait_for(disk.node, (), lambda _: None)
@@ -390,11 +393,11 @@ class PromoteOperation:
         view = await self._alive.look()
         job = view.jobs.get(disk.node)
         seen = self._look_at(disk, view)
-        if job and seen.active is not Active.NEW and disk.node not in self._cancelled_jobs:
-            self._fail(*_job_failure(disk, job))
         if seen.active is Active.NEW:
             self._report(disk).switchover_s = pause_seconds(self._alive, disk)
-        self._cancelled_jobs.discard(disk.node)
+        elif job and not (job.error == CANCELED and disk.node in self._expected_cancels):
+            self._fail(*_job_failure(disk, job))
+        self._expected_cancels.discard(disk.node)
         await self._alive.dismiss(disk.node)
 
     def _discard(self, disk: DiskIntent) -> None:

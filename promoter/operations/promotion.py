@@ -148,6 +148,11 @@ class DiskSeen:
         """The disk is promoted: the guest's path names the new image and nobody uses the old."""
         return self.named is Named.NEW and self.active in (Active.NEW, Active.ABSENT)
 
+    @property
+    def can_finish(self) -> bool:
+        """Drained, and its name has changed or can still change."""
+        return self.job is Job.PENDING and (self.prepared or self.named is Named.NEW)
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -160,24 +165,25 @@ class Seen:
 class Do(IntEnum):
     """The actions, in the order in which a group of disks goes through them."""
 
-    STUCK = 0
     FINISH_SWITCHOVER = 1
-    CANCEL = 2
+    UNFREEZE = 2
     PUT_NAME_BACK = 3
-    DISMISS = 4
-    COMMIT_NAME = 5
-    DETACH = 6
-    DISCARD = 7
-    REPLAN = 8
-    SEED = 9
-    ATTACH = 10
-    MIRROR = 11
-    AWAIT_READY = 12
-    PREPARE = 13
-    SWITCH_OVER = 14
-    TIDY = 15
-    DONE = 16
-    GIVE_UP = 17
+    STUCK = 4
+    CANCEL = 5
+    DISMISS = 6
+    COMMIT_NAME = 7
+    DETACH = 8
+    DISCARD = 9
+    REPLAN = 10
+    SEED = 11
+    ATTACH = 12
+    MIRROR = 13
+    AWAIT_READY = 14
+    PREPARE = 15
+    SWITCH_OVER = 16
+    TIDY = 17
+    DONE = 18
+    GIVE_UP = 19
 
 
 FINAL = frozenset({Do.STUCK, Do.DONE, Do.GIVE_UP})
@@ -197,8 +203,6 @@ class Action:
 
 def decide(intent: Promotion, seen: Seen) -> Action:
     """The next action that brings the promotion to its end, or safely back."""
-    if any(disk.named is Named.UNKNOWN for disk in seen.disks):
-        return Action(Do.STUCK)
     committed = any(disk.named is Named.NEW for disk in seen.disks)
     steps = [
         Action(do, index)
@@ -221,7 +225,9 @@ def _end(intent: Promotion, seen: Seen) -> Action:
 def _next(intent: Promotion, disk: DiskSeen, *, alive: bool, committed: bool) -> Do | None:
     """What one disk needs next; None when there is nothing left to do for it."""
     if disk.job is Job.PENDING:
-        return Do.FINISH_SWITCHOVER if committed else Do.CANCEL
+        return Do.FINISH_SWITCHOVER if committed and disk.can_finish else Do.UNFREEZE
+    if disk.named is Named.UNKNOWN:
+        return Do.STUCK
     if disk.named is Named.NEW and disk.active is Active.OLD:
         return Do.PUT_NAME_BACK
     if disk.job in (Job.DONE, Job.FAILED):

@@ -20,7 +20,6 @@ from promoter.errors import JobFailed, PromoterError
 from promoter.guests.base import CommandFailed, Guest
 from promoter.operations import guard
 from promoter.operations.promotion import DiskIntent
-from promoter.storage.names import Named
 
 DEADLINE = 1.0
 LONGEST_WAIT = 60.0
@@ -62,7 +61,7 @@ async def commit(guest: Guest, disk: DiskIntent) -> None:
     Raises `JobFailed` after putting the disk back when either fails.
     """
     try:
-        if disk.names.look() is Named.OLD:
+        if disk.names.is_old():
             disk.names.commit()
     except OSError as error:
         await guest.cancel(disk.node)

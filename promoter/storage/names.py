@@ -85,13 +85,17 @@ class Names:
         back.rename(self.path)
         sync(self.path.parent)
 
-    def look(self) -> Named:
-        """What the path leads to now."""
-        path = file_id(self.path)
-        if path == self.old:
+    def is_old(self) -> bool:
+        """Does the path lead to the old overlay?"""
+        return file_id(self.path) == self.old
+
+    def look(self, new: FileId | None) -> Named:
+        """What the path leads to now; ``new`` is the new image, once it is made."""
+        if self.is_old():
             return Named.OLD
+        path = file_id(self.path)
         if self.in_place:
-            return Named.NEW if path is not None and path == file_id(self.target) else Named.UNKNOWN
+            return Named.NEW if path is not None and path == new else Named.UNKNOWN
         moved = path is None or self.path.is_symlink()
         return Named.NEW if moved and file_id(self.aside) == self.old else Named.UNKNOWN
 
@@ -104,6 +108,6 @@ class Names:
     def withdraw(self) -> None:
         """Before any switch: remove the names made by `prepare`."""
         self.prepared.unlink(missing_ok=True)
-        if file_id(self.path) == self.old:
+        if self.is_old():
             self.aside.unlink(missing_ok=True)
         sync(self.path.parent)

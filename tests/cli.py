@@ -1,0 +1,53 @@
+"""The command line as a user has it: a process with a journal of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """The objects of a ``--json`` command."""
+        return [json.loads(line) for line in self.out.splitlines()]
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The last of them."""
+        return self.lines[-1]
+
+
+def start(state: Path, *words: object, module: str = "promoter") -> subprocess.Popen[str]:
+    """Start ``promoter WORDS`` with its journal in ``state``."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *map(str, words)],
+        env={**os.environ, "PROMOTER_STATE_DIR": str(state)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(process: subprocess.Popen[str], timeout: float = 60) -> Ran:
+    """Wait for a command's end."""
+    out, err = process.communicate(timeout=timeout)
+    return Ran(process.returncode, out, err)
+
+
+def promoter(state: Path, *words: object) -> Ran:
+    """Run ``promoter WORDS`` with its journal in ``state``."""
+    return ended(start(state, *words))

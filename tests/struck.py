@@ -1,0 +1,104 @@
+"""promoter, struck at one point: ``python -m tests.struck POINT WHOM PID promote …``.
+
+POINT is a step of the journal ("before mirror") or a place inside the commit point; WHOM is
+killed there: promoter, qemu (PID), both, or "hang": promoter is stopped, not killed. Only
+here does anything reach into promoter; the guard is a process of its own and is not touched.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from promoter.cli.main import app
+from promoter.guests.qmp import QmpGuest
+from promoter.operations.promote import PromoteOperation
+from promoter.operations.promotion import Action, Do
+from promoter.storage import seed
+from promoter.storage.names import Names
+
+STEPS = (
+    Do.SEED,
+    Do.ATTACH,
+    Do.MIRROR,
+    Do.AWAIT_READY,
+    Do.PREPARE,
+    Do.SWITCH_OVER,
+    Do.DISMISS,
+    Do.TIDY,
+)
+INSIDE: dict[str, tuple[Any, str, bool]] = {
+    # name: whose function, its name, struck before it (or after)
+    "unnamed seed": (seed, "publish", True),
+    "named seed": (seed, "publish", False),
+    "completing": (QmpGuest, "complete", False),
+    "drained": (Names, "commit", True),
+    "renamed": (Names, "commit", False),
+    "finalized": (QmpGuest, "finalize", False),
+}
+POINTS = (*(f"before {do.name}" for do in STEPS), *INSIDE, "after TIDY")
+
+
+def strike(whom: str, pid: int) -> None:
+    if whom in ("qemu", "both"):
+        os.kill(pid, signal.SIGKILL)
+    if whom in ("promoter", "both"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if whom == "hang":
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def striking(function: Callable[..., Any], hit: Callable[[], None], *, before: bool) -> Any:
+    """`function` with a hit before it, or after what it does has been done."""
+
+    async def later(answer: Any) -> Any:
+        result = await answer
+        hit()
+        return result
+
+    @wraps(function)
+    def struck(*arguments: Any, **named: Any) -> Any:
+        if before:
+            hit()
+            return function(*arguments, **named)
+        answer = function(*arguments, **named)
+        if hasattr(answer, "__await__"):
+            return later(answer)
+        hit()
+        return answer
+
+    return struck
+
+
+def install(point: str, hit: Callable[[], None]) -> None:
+    if point in INSIDE:
+        owner, name, before = INSIDE[point]
+        setattr(owner, name, striking(getattr(owner, name), hit, before=before))
+        return
+    when, _, step = point.partition(" ")
+    act = PromoteOperation.act
+
+    async def struck(self: PromoteOperation, action: Action) -> None:
+        here = action.do is Do[step]
+        if here and when == "before":
+            hit()
+        await act(self, action)
+        if here and when == "after":
+            hit()
+
+    PromoteOperation.act = struck  # type: ignore[method-assign]
+
+
+def main() -> None:
+    point, whom, pid = sys.argv[1:4]
+    sys.argv[1:4] = []
+    install(point, lambda: strike(whom, int(pid)))
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""Promote, on guests that write while it works: nothing is lost, and nothing else changes."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from tests import records
+from tests.cli import Ran, ended, promoter, start
+from tests.vm import (
+    MIB,
+    VM,
+    Disk,
+    QMPError,
+    Style,
+    base,
+    blank,
+    chain,
+    linked_clone,
+    qemu_img,
+    wait_for,
+)
+
+SLOW = "2M"  # a seed at this speed takes about 20 s: time for others to interfere
+
+
+def digest(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def untouched_base() -> Iterator[Path]:
+    before = digest(base())
+    yield base()
+    assert digest(base()) == before
+
+
+def prove_full_clone(disk: Path, log: Path) -> records.Report:
+    """The disk stands alone, is clean, and holds every acknowledged record."""
+    assert "backing file" not in qemu_img("info", disk)
+    qemu_img("check", "-q", disk)
+    report = records.check(disk, None, log)
+    report.raise_if_bad()
+    return report
+
+
+def file_names(vm: VM) -> set[str]:
+    return {str(node["file"]) for node in vm.qmp("query-named-block-nodes", flat=True)}
+
+
+@pytest.mark.parametrize("style", Style)
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_a_writing_clone_of_any_depth_becomes_a_full_clone_in_place(
+    tmp_path: Path, untouched_base: Path, depth: int, style: Style
+) -> None:
+    layers = chain(tmp_path, depth)
+    sibling = linked_clone(untouched_base, tmp_path / "sibling.qcow2")
+    before = {layer: digest(layer) for layer in (*layers[:-1], sibling)}
+    with VM(tmp_path, [Disk(layers[-1], style=style)], writer={"rate": 0}) as vm:
+        vm.wait_for_acks(100)
+        promoted = promoter(tmp_path / "state", "promote", vm.monitor, "--json")
+        assert promoted.code == 0, promoted.out
+        vm.wait_for_acks(100)
+        assert not file_names(vm) & {str(layer) for layer in layers}
+        (disk,) = promoted.result["disks"]
+        assert promoted.result["status"] == "done"
+        assert (disk["disk"], disk["target"]) == ("vd0", str(layers[-1]))
+        assert 0 < disk["switchover_s"] < 1
+        assert disk["mirrored_bytes"] > 0 < disk["seeded_bytes"]
+        assert Path(disk["old"]).exists()
+        vm.shutdown()
+        assert prove_full_clone(layers[-1], vm.log).records > 200
+        vm.start()
+        vm.wait_for_acks(20)
+        vm.shutdown()
+    prove_full_clone(layers[-1], vm.log)
+    assert {layer: digest(layer) for layer in before} == before
+
+
+@pytest.mark.parametrize("image_format", ["qcow2", "raw"])
+@pytest.mark.parametrize("seed", ["auto", "convert", "none"])
+def test_a_target_elsewhere_is_a_full_clone_and_the_old_path_is_gone(
+    tmp_path: Path, untouched_base: Path, image_format: str, seed: str
+) -> None:
+    clone = linked_clone(untouched_base, tmp_path / "clone.qcow2")
+    target = tmp_path / f"target.{image_format}"
+    options = ["--target", target, "--format", image_format, "--seed", seed]
+    with VM(tmp_path, [Disk(clone)], writer={"rate": 0}) as vm:
+        vm.wait_for_acks(60)
+        promoted = promoter(tmp_path / "state", "promote", vm.monitor, *options, "--json")
+        assert promoted.code == 0, promoted.out
+        vm.wait_for_acks(60)
+        vm.shutdown()
+    assert not clone.exists()
+    assert not clone.is_symlink()
+    old = Path(promoted.result["disks"][0]["old"])
+    assert "backing file" in qemu_img("info", old)
+    assert records.check(target, image_format, vm.log).findings == ()
+    assert "backing file" not in qemu_img("info", target)
+
+
+def test_a_copied_seed_needs_no_conversion(tmp_path: Path, untouched_base: Path) -> None:
+    clone = linked_clone(untouched_base, tmp_path / "clone.qcow2")
+    with VM(tmp_path, [Disk(clone)], writer={"rate": 0}) as vm:
+        vm.wait_for_acks(60)
+        promoted = promoter(tmp_path / "state", "promote", vm.monitor, "--seed", "copy", "--json")
+        assert promoted.code == 0, promoted.out
+        assert promoted.result["disks"][0]["seed"] == "copy"
+        vm.wait_for_acks(20)
+        vm.shutdown()
+    prove_full_clone(clone, vm.log)
+
+
+def test_the_disks_of_a_guest_switch_together(tmp_path: Path, untouched_base: Path) -> None:
+    clone = linked_clone(untouched_base, tmp_path / "clone.qcow2")
+    below = blank(tmp_path / "data-base.qcow2", 96 * MIB)
+    data = linked_clone(below, tmp_path / "data.qcow2")
+    full = blank(tmp_path / "full.qcow2", 16 * MIB)
+    disks = [Disk(clone), Disk(data), Disk(full)]
+    with VM(tmp_path, disks, writer={"rate": 0, "dev": "/dev/vdb"}) as vm:
+        vm.wait_for_acks(60)
+        promoted = promoter(tmp_path / "state", "promote", vm.monitor, "--json")
+        assert promoted.code == 0, promoted.out
+        assert [disk["disk"] for disk in promoted.result["disks"]] == ["vd0", "vd1"]
+        assert promoted.lines[0]["nothing_to_do"] == ["vd2"]
+        vm.wait_for_acks(60)
+        vm.shutdown()
+    prove_full_clone(data, vm.log)
+    assert "backing file" not in qemu_img("info", clone)
+
+
+def test_after_it_a_snapshot_by_name_and_one_onto_a_node_lose_nothing(
+    tmp_path: Path, untouched_base: Path
+) -> None:
+    clone = linked_clone(untouched_base, tmp_path / "clone.qcow2")
+    first, second = tmp_path / "first.qcow2", tmp_path / "second.qcow2"
+    with VM(tmp_path, [Disk(clone)], writer={"rate": 0}) as vm:
+        vm.wait_for_acks(60)
+        promoted = promoter(tmp_path / "state", "promote", vm.monitor, "--json")
+        node = promoted.result["disks"][0]["node"]
+        vm.wait_for_acks(20)
+        vm.qmp(
+            "blockdev-snapshot-sync",
+            node_name=node,
+            snapshot_file=str(first),
+            snapshot_node_name="first",
+            format="qcow2",
+        )
+        vm.wait_for_acks(60)
+        qemu_img("create", "-q", "-f", "qcow2", second, "192M")
+        vm.qmp(
+            "blockdev-add",
+            driver="qcow2",
+            node_name="second",
+            backing=None,
+            file={"driver": "file", "filename": str(second), "auto-read-only": True},
+        )
+        vm.qmp("blockdev-snapshot", node="first", overlay="second")
+        vm.wait_for_acks(60)
+        vm.kill()
+    qemu_img("rebase", "-u", "-f", "qcow2", "-b", first, "-F", "qcow2", second)
+    records.check(second, "qcow2", vm.log).raise_if_bad()
+    again = VM(tmp_path, [Disk(second)], writer={"rate": 0})
+    with again:
+        again.wait_for_acks(20)
+        again.shutdown()
+        state = tmp_path / "state"
+        assert promoter(state, "job", "resume").code == 0
+    spare = Path(promoted.result["disks"][0]["spare"])
+    assert spare.exists(), "the first snapshot's header names it"
+    records.check(second, "qcow2", vm.log).raise_if_bad()
+
+
+def test_the_second_name_goes_when_its_qemu_is_gone(tmp_path: Path, untouched_base: Path) -> None:
+    clone = linked_clone(untouched_base, tmp_path / "clone.qcow2")
+    state = tmp_path / "state"
+    with VM(tmp_path, [Disk(clone)]) as vm:
+        vm.wait_for_acks(5)
+        promoted = promoter(state, "promote", vm.monitor, "--json")
+        spare = Path(promoted.result["disks"][0]["spare"])
+        assert promoter(state, "job", "resume").code == 0
+        assert spare.samefile(clone), "its QEMU still knows the disk by this name"
+        vm.shutdown()
+        assert promoter(state, "job", "resume").code == 0
+    assert not spare.exists()
+    prove_full_clone(clone, vm.log)
+
+
+class Interference:
+    """A slow promotion whose seed leaves others the time to interfere."""
+
+    def __init__(self, directory: Path, active: Path) -> None:
+        self.directory, self.state = directory, directory / "state"
+        self.vm = VM(directory, [Disk(active)], writer={"rate": 0})
+
+    def seeding(self, *options: str) -> subprocess.Popen[str]:
+        command = ("promote", self.vm.monitor, "--speed", SLOW, *options, "--json")
+        process = start(self.state, *command)
+        wait_for(lambda: bool(list(self.directory.glob("*.part-*"))), "the seed to grow", 20)
+        return process
+
+    def end(self, process: subprocess.Popen[str]) -> Ran:
+        ran = ended(process, timeout=120)
+        self.vm.wait_for_acks(40)
+        return ran
+
+
+def test_a_snapshot_by_somebody_else_during_the_seed_is_promoted_too(
+    tmp_path: Path, untouched_base: Path
+) -> None:
+    clone = linked_clone(untouched_base, tmp_path / "clone.qcow2")
+    case = Interference(tmp_path, clone)
+    snapshot = tmp_path / "snapshot.qcow2"
+    with case.vm as vm:
+        vm.wait_for_acks(60)
+        process = case.seeding()
+        vm.qmp(
+            "blockdev-snapshot-sync",
+            node_name="disk0",
+            snapshot_file=str(snapshot),
+            snapshot_node_name="snapshot",
+            format="qcow2",
+        )
+        ran = case.end(process)
+        assert ran.code == 0, ran.out
+        assert ran.result["disks"][0]["target"] == str(snapshot)
+        assert any("replan" in line.get("action", "") for line in ran.lines)
+        vm.kill()
+    report = records.check(snapshot, "qcow2", vm.log)
+    report.raise_if_bad()
+    assert "backing file" not in qemu_img("info", snapshot)
+    assert "backing file" in qemu_img("info", clone), "the layer below is as it was"
+
+
+def test_a_commit_into_a_layer_that_is_being_seeded_is_refused_by_its_lock(
+    tmp_path: Path, untouched_base: Path
+) -> None:
+    layers = chain(tmp_path, 3)
+    case = Interference(tmp_path, layers[-1])
+    with case.vm as vm:
+        vm.wait_for_acks(60)
+        process = case.seeding()
+        nodes = {node["file"]: node["node-name"] for node in formats(vm)}
+        top, bottom = nodes[str(layers[2])], nodes[str(layers[1])]
+        with pytest.raises(QMPError, match="lock"):
+            vm.qmp("block-commit", job_id="theirs", device="disk0", top_node=top, base_node=bottom)
+        ran = case.end(process)
+        assert ran.code == 0, ran.out
+        vm.shutdown()
+    prove_full_clone(layers[-1], vm.log)
+
+
+def test_a_commit_of_the_clone_into_its_base_while_that_is_copied_is_noticed(
+    tmp_path: Path, untouched_base: Path
+) -> None:
+    own_base = tmp_path / "base.qcow2"
+    own_base.write_bytes(untouched_base.read_bytes())
+    clone = linked_clone(own_base, tmp_path / "clone.qcow2")
+    case = Interference(tmp_path, clone)
+    with case.vm as vm:
+        vm.wait_for_acks(60)
+        process = case.seeding("--seed", "copy")
+        vm.qmp("block-commit", job_id="theirs", device="disk0")
+        wait_for(lambda: vm.qmp("query-jobs")[0]["status"] == "ready", "the commit", 60)
+        vm.qmp("job-complete", id="theirs")
+        wait_for(lambda: not vm.qmp("query-jobs"), "the commit's end", 30)
+        ran = case.end(process)
+        assert ran.code == 0, ran.out
+        assert ran.result["disks"] == []
+        vm.shutdown()
+    prove_full_clone(own_base, vm.log)
+    assert {path.name for path in tmp_path.glob("*.qcow2*")} == {"base.qcow2", "clone.qcow2"}
+
+
+def test_a_stream_by_somebody_else_during_the_seed_leaves_nothing_to_do(
+    tmp_path: Path, untouched_base: Path
+) -> None:
+    clone = linked_clone(untouched_base, tmp_path / "clone.qcow2")
+    case = Interference(tmp_path, clone)
+    with case.vm as vm:
+        vm.wait_for_acks(60)
+        process = case.seeding()
+        vm.qmp("block-stream", job_id="theirs", device="disk0")
+        wait_for(lambda: not vm.qmp("query-jobs"), "the stream", 30)
+        ran = case.end(process)
+        assert ran.code == 0, ran.out
+        assert ran.result["disks"] == []
+        vm.shutdown()
+    prove_full_clone(clone, vm.log)
+    assert {path.name for path in tmp_path.glob("clone.qcow2*")} == {"clone.qcow2"}
+
+
+def formats(vm: VM) -> list[dict[str, str]]:
+    nodes = vm.qmp("query-named-block-nodes", flat=True)
+    return [node for node in nodes if node["drv"] == "qcow2"]

@@ -1,0 +1,380 @@
+"""Real guests: QEMU with the disks of vm-images/build.py, whose writer keeps `records.py` fed.
+
+A `VM` has one command line for its life.  `kill` pulls its plug, `start` boots it again by
+the same command line, as an operator's supervisor does, and the logs go on where they were.
+No QEMU outlives the process (thread, to be exact) that started it, nor the `with` block.
+
+    PROMOTER_TEST_QEMU   the QEMU to run, default qemu-system-x86_64
+    PROMOTER_TEST_ACCEL  tcg or kvm, default: kvm if a guest boots with it, else tcg
+    PROMOTER_TEST_GUEST  cirros for the guest made of CirrOS, which boots by itself
+"""
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tests.records import Ack, read_acks
+
+BUILD = Path(__file__).parent.parent / "vm-images" / "build.py"
+MIB = 1 << 20
+SPARE_OFFSET = 176 * MIB  # of `base`: behind the partitions, 16 MiB that the guest never touches
+BOOT_TIMEOUT_S = 60.0
+TRIAL_TIMEOUT_S = 20.0
+
+
+class QMPError(Exception):
+    """QEMU refused a command.  `kind` is QMP's error class, `desc` its sentence."""
+
+    def __init__(self, kind: str, desc: str) -> None:
+        super().__init__(f"{kind}: {desc}")
+        self.kind, self.desc = kind, desc
+
+
+class GuestDied(Exception):
+    """QEMU ended by itself; the message has what it said and the end of the console."""
+
+
+class Style(Enum):
+    """How a disk is given to QEMU."""
+
+    NODES = "nodes"  # -blockdev for the file and one for the format, which names it
+    INLINE = "inline"  # one -blockdev, the file inside it, without a name
+    DRIVE = "drive"  # -drive if=none
+
+
+class Bus(Enum):
+    """What a disk hangs on."""
+
+    VIRTIO = "virtio-blk"
+    SCSI = "virtio-scsi"
+    SATA = "ahci"
+    NVME = "nvme"
+
+
+ROOTS = {  # where the guest finds the root file system, if the first disk hangs there
+    Bus.VIRTIO: "/dev/vda1",
+    Bus.SCSI: "/dev/sda1",
+    Bus.SATA: "/dev/sda1",
+    Bus.NVME: "/dev/nvme0n1p1",
+}
+
+
+@dataclass(frozen=True)
+class Disk:
+    """An image that a guest has; `options` are the format node's, `device` the device's."""
+
+    path: Path
+    fmt: str = "qcow2"
+    style: Style = Style.NODES
+    bus: Bus = Bus.VIRTIO
+    options: str = ""
+    device: str = ""
+
+
+def wait_for(condition: Callable[[], bool], what: str, timeout: float) -> None:
+    """Returns when `condition()` is true; TimeoutError after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {timeout:g} s for {what}")
+        time.sleep(0.01)
+
+
+# --- images --------------------------------------------------------------------------------
+
+
+@functools.cache
+def images() -> Path:
+    """The directory of the guest's images, built if they are not there."""
+    command = [sys.executable, str(BUILD), "auto"]
+    return Path(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout[:-1])
+
+
+def base() -> Path:
+    """The base image of the guest: read-only, shared by all tests."""
+    return images() / "base.qcow2"
+
+
+def qemu_img(*words: object) -> str:
+    command = ["qemu-img", *map(str, words)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def blank(path: Path, size: int, fmt: str = "qcow2") -> Path:
+    """An empty image of `size` bytes, for another disk."""
+    qemu_img("create", "-q", "-f", fmt, path, size)
+    return path
+
+
+def linked_clone(backing: Path, path: Path, *, backing_fmt: str = "qcow2", **options: str) -> Path:
+    """An overlay on `backing`; `options` are qcow2's, e.g. cluster_size="4k"."""
+    create = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+    qemu_img("create", "-q", "-f", "qcow2", "-b", backing, "-F", backing_fmt, *create, path)
+    return path
+
+
+def chain(directory: Path, depth: int, root: Path | None = None) -> list[Path]:
+    """An overlay over `depth` layers: `root` (default `base`) and depth - 1 deltas.
+
+    From the lowest to the active one.  Layer n, the active one too, holds 1 MiB of the byte
+    n at MiB n of the spare area of `base`, so each has data that no other has.
+    """
+    layers = [root or base()]
+    for number in range(1, depth + 1):
+        layers.append(linked_clone(layers[-1], directory / f"layer{number}.qcow2"))
+        pattern = f"write -q -P {number} {SPARE_OFFSET + number % 16 * MIB} 1M"
+        subprocess.run(["qemu-io", "-c", pattern, str(layers[-1])], check=True)
+    return layers
+
+
+# --- the accelerator -----------------------------------------------------------------------
+
+
+@functools.cache
+def accelerator() -> str:
+    """tcg or kvm, see above; the trial is made once per boot of this machine."""
+    if chosen := os.environ.get("PROMOTER_TEST_ACCEL"):
+        return chosen
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    known = Path(tempfile.gettempdir()) / f"promoter-test-accelerator-{boot}"
+    if not known.exists():
+        with tempfile.NamedTemporaryFile("w", dir=known.parent, delete=False) as found:
+            found.write("kvm" if kvm_works() else "tcg")
+        Path(found.name).rename(known)
+    return known.read_text()
+
+
+def kvm_works() -> bool:
+    """Whether a guest really writes under KVM; /dev/kvm alone promises nothing."""
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return False
+    with tempfile.TemporaryDirectory() as name:
+        disk = Disk(linked_clone(base(), Path(name) / "disk.qcow2"))
+        try:
+            with VM(Path(name), [disk], accel="kvm") as vm:
+                vm.wait_for_acks(1, TRIAL_TIMEOUT_S)
+        except (GuestDied, TimeoutError):
+            return False
+    return True
+
+
+# --- the command line ----------------------------------------------------------------------
+
+
+def blockdev_arguments(disk: Disk, index: int) -> list[str]:
+    options = f",{disk.options}" if disk.options else ""
+    if disk.style is Style.DRIVE:
+        return ["-drive", f"if=none,id=disk{index},format={disk.fmt},file={disk.path}{options}"]
+    node = f"driver={disk.fmt},node-name=disk{index}{options}"
+    file = f"driver=file,filename={disk.path},auto-read-only=on"
+    if disk.style is Style.NODES:
+        below = f"file{index}"
+        return ["-blockdev", f"{file},node-name={below}", "-blockdev", f"{node},file={below}"]
+    inline = ",".join(f"file.{option}" for option in file.split(","))
+    return ["-blockdev", f"{node},{inline}"]
+
+
+def device_arguments(disk: Disk, index: int) -> list[str]:
+    more = f",{disk.device}" if disk.device else ""
+    tail = f"drive=disk{index},id=vd{index}{more}"
+    match disk.bus:
+        case Bus.VIRTIO:
+            return ["-device", f"virtio-blk-pci,{tail}"]
+        case Bus.SCSI:
+            host = f"virtio-scsi-pci,id=host{index}"
+            return ["-device", host, "-device", f"scsi-hd,bus=host{index}.0,{tail}"]
+        case Bus.SATA:
+            host = f"ahci,id=host{index}"
+            return ["-device", host, "-device", f"ide-hd,bus=host{index}.0,{tail}"]
+        case Bus.NVME:
+            return ["-device", f"nvme,serial=disk{index},{tail}"]
+
+
+def boot_arguments(bus: Bus, writer: dict[str, object]) -> list[str]:
+    """Boots the kernel and its command line; a guest without a kernel of its own boots alone."""
+    kernel = images() / "vmlinux"
+    if not kernel.exists():
+        return []
+    words = [f"writer.{name}={value}" for name, value in writer.items()]
+    line = " ".join(["console=ttyS0 quiet panic=-1", f"root={ROOTS[bus]}", *words])
+    return ["-kernel", str(kernel), "-initrd", str(images() / "initrd"), "-append", line]
+
+
+# --- the machine ---------------------------------------------------------------------------
+
+
+class Monitor:
+    """A synchronous QMP client.  Events are not looked at."""
+
+    def __init__(self, path: Path) -> None:
+        with contextlib.ExitStack() as opened:
+            self._socket = opened.enter_context(socket.socket(socket.AF_UNIX))
+            self._socket.settimeout(60)
+            self._socket.connect(str(path))
+            self._replies = opened.enter_context(self._socket.makefile())
+            self._replies.readline()
+            self.execute("qmp_capabilities", {})
+            self.close = opened.pop_all().close
+
+    def execute(self, command: str, arguments: dict[str, Any]) -> Any:
+        words = {"execute": command, "arguments": arguments}
+        self._socket.sendall(json.dumps(words).encode())
+        while line := self._replies.readline():
+            reply = json.loads(line)
+            if "error" in reply:
+                raise QMPError(reply["error"]["class"], reply["error"]["desc"])
+            if "return" in reply:
+                return reply["return"]
+        raise ConnectionResetError(f"QEMU closed its monitor during {command}")
+
+
+class VM:
+    """A guest with its disks, `disk0` on device `vd0` and so on; boots from the first.
+
+    In a `with` block it runs from the beginning; leaving the block kills it.  `writer` are
+    the writer's parameters: seed, lanes, rate (records per second and lane, 0 without
+    limit), dev (in the guest, default the second partition of the first disk).
+    `monitor` is the socket that is promoter's; `qmp` uses another one.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        disks: Sequence[Disk],
+        *,
+        writer: dict[str, object] | None = None,
+        extra: Sequence[str] = (),
+        accel: str | None = None,
+    ) -> None:
+        self.directory, self.disks = directory, tuple(disks)
+        self.console, self.log = directory / "console.log", directory / "acks.log"
+        self._stderr = directory / "qemu.log"
+        # Not in the directory: a socket's path has at most 107 bytes.
+        self._sockets = Path(tempfile.mkdtemp(prefix="vm-", dir="/tmp"))
+        self.monitor = self._sockets / "monitor.sock"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._other: Monitor | None = None
+        self.argv: tuple[str, ...] = (
+            os.environ.get("PROMOTER_TEST_QEMU", "qemu-system-x86_64"),
+            "-nodefaults", "-display", "none", "-no-reboot", "-m", "256",
+            "-accel", accel or accelerator(),
+            "-qmp", f"unix:{self.monitor},server=on,wait=off",
+            "-qmp", f"unix:{self._sockets}/other.sock,server=on,wait=off",
+            *self._serial("console", self.console), *self._serial("acks", self.log),
+            *boot_arguments(disks[0].bus, writer or {}), *extra,
+        )  # fmt: skip
+        for index, disk in enumerate(disks):
+            self.argv += (*blockdev_arguments(disk, index), *device_arguments(disk, index))
+
+    @staticmethod
+    def _serial(name: str, path: Path) -> list[str]:
+        return ["-chardev", f"file,id={name},path={path},append=on", "-serial", f"chardev:{name}"]
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.kill()
+        shutil.rmtree(self._sockets)
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Runs QEMU; its monitors answer when this returns.  Raises GuestDied."""
+        assert not self.running
+        for stale in self._sockets.iterdir():
+            stale.unlink()
+        with self._stderr.open("ab") as stderr:
+            command = ("setpriv", "--pdeathsig", "KILL", *self.argv)
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=stderr)
+        try:
+            self._wait_for(self._connected, "QEMU's monitor", 30)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _connected(self) -> bool:
+        try:
+            self._other = Monitor(self._sockets / "other.sock")
+        except (FileNotFoundError, ConnectionError):
+            return False
+        return True
+
+    def kill(self) -> None:
+        """Pulls the plug: SIGKILL, and waits until the process is gone."""
+        if self._process is not None:
+            self._process.kill()
+        self.wait()
+
+    def wait(self, timeout: float | None = 60) -> None:
+        """Waits until QEMU has ended."""
+        if self._process is not None:
+            self._process.wait(timeout)
+        if self._other is not None:
+            self._other.close()
+            self._other = None
+
+    def shutdown(self, timeout: float = 60) -> None:
+        """Presses the power button and waits; the guest syncs and powers itself off."""
+        self.qmp("system_powerdown")
+        self.wait(timeout)
+
+    def qmp(self, command: str, **arguments: Any) -> Any:
+        """Executes a command as somebody else than promoter; `_` in names becomes `-`.
+
+        Raises QMPError, or ConnectionResetError when QEMU is gone.
+        """
+        assert self._other is not None
+        named = {name.replace("_", "-"): value for name, value in arguments.items()}
+        return self._other.execute(command, named)
+
+    def acks(self) -> list[Ack]:
+        """What the writer said so far, over all runs."""
+        return read_acks(self.log) if self.log.exists() else []
+
+    def wait_for_acks(self, count: int = 1, timeout: float = BOOT_TIMEOUT_S) -> None:
+        """Waits for `count` records more.  Raises GuestDied, or TimeoutError."""
+        wanted = self._ack_count() + count
+        self._wait_for(lambda: self._ack_count() >= wanted, f"{count} more records", timeout)
+
+    def _ack_count(self) -> int:
+        return self.log.read_bytes().count(b"\nA ") if self.log.exists() else 0
+
+    def _wait_for(self, condition: Callable[[], bool], what: str, timeout: float) -> None:
+        try:
+            wait_for(lambda: condition() or not self.running, what, timeout)
+        except TimeoutError as error:
+            error.add_note(self._last_words())
+            raise
+        if not self.running:
+            raise GuestDied(f"no {what}: QEMU ended\n{self._last_words()}")
+
+    def _last_words(self) -> str:
+        logs = [log for log in (self._stderr, self.console) if log.exists()]
+        return "\n".join(log.read_text(errors="replace")[-2000:] for log in logs)
