@@ -32,6 +32,8 @@ class Case:
 
     def strike(self, point: str, whom: str) -> subprocess.Popen[str]:
         words = ["--target", self.target] if self.target else []
+        if point == "before AWAIT_READY":
+            words += ["--speed", "20M"]  # or there is nothing to wait for
         command = (point, whom, self.vm.pid, "promote", self.vm.monitor, *words, "--json")
         return start(self.state, *command, module="tests.struck")
 

@@ -115,6 +115,35 @@ def test_a_copied_seed_needs_no_conversion(tmp_path: Path, untouched_base: Path)
     prove_full_clone(clone, vm.log)
 
 
+@pytest.fixture
+def xfs(tmp_path: Path) -> Iterator[Path]:
+    """A file system that can share extents."""
+    image, mounted = tmp_path / "xfs.img", tmp_path / "xfs"
+    with image.open("wb") as file:
+        file.truncate(512 * MIB)
+    mounted.mkdir()
+    subprocess.run(["mkfs.xfs", "-q", image], check=True)
+    subprocess.run(["mount", "-o", "loop", image, mounted], check=True)
+    yield mounted
+    subprocess.run(["umount", mounted], check=True)
+
+
+def test_a_seed_is_reflinked_where_the_file_system_can(xfs: Path) -> None:
+    own_base = xfs / "base.qcow2"
+    own_base.write_bytes(base().read_bytes())
+    before = digest(own_base)
+    clone = linked_clone(own_base, xfs / "clone.qcow2")
+    with VM(xfs, [Disk(clone)], writer={"rate": 0}) as vm:
+        vm.wait_for_acks(60)
+        promoted = promoter(xfs / "state", "promote", vm.monitor, "--json")
+        assert promoted.code == 0, promoted.out
+        assert promoted.result["disks"][0]["seed"] == "reflink"
+        vm.wait_for_acks(60)
+        vm.shutdown()
+    prove_full_clone(clone, vm.log)
+    assert digest(own_base) == before
+
+
 def test_the_disks_of_a_guest_switch_together(tmp_path: Path, untouched_base: Path) -> None:
     clone = linked_clone(untouched_base, tmp_path / "clone.qcow2")
     below = blank(tmp_path / "data-base.qcow2", 96 * MIB)

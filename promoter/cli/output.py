@@ -24,8 +24,8 @@ from promoter.cli.tree import chain_fields, human_bytes, tree
 from promoter.errors import PromoterError
 from promoter.guests.base import GuestView
 from promoter.operations.journal import Entry, OperationStatus, Step
+from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import Plan
-from promoter.operations.promote import DiskReport
 
 LINE_EVERY = 5.0
 LOG_WIDTH = 500

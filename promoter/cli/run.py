@@ -20,8 +20,9 @@ from promoter.errors import Cancelled, PromoterError, Refused
 from promoter.guests.base import Guest
 from promoter.guests.qmp import QmpGuest
 from promoter.operations.journal import Journal, OperationStatus, new_id
+from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import plan
-from promoter.operations.promote import INTENT, DiskReport, PromoteOperation
+from promoter.operations.promote import INTENT, PromoteOperation
 from promoter.operations.promotion import Choices, Promotion
 
 ENDED = frozenset({OperationStatus.DONE, OperationStatus.FAILED, OperationStatus.CANCELLED})

@@ -37,6 +37,7 @@ from promoter.guests.graph import BlockGraph
 OLDEST = (7, 2, 0)
 GREETING_TIMEOUT = 3.0
 TICK = 0.2
+LOOKS = 5
 REPLY_LIMIT = 64 * 1024 * 1024
 
 
@@ -127,6 +128,12 @@ class QmpGuest:
 
     async def look(self) -> GuestView:
         """The guest's disks, nodes and jobs as they are now."""
+        for _ in range(LOOKS):
+            with suppress(KeyError):  # the graph changed between two of the queries
+                return await self._look()
+        raise CommandFailed(f"{self.name}: its block graph does not stand still")
+
+    async def _look(self) -> GuestView:
         graph = BlockGraph(
             await self._execute("query-named-block-nodes", flat=True),
             await self._execute("x-debug-query-block-graph"),

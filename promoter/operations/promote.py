@@ -14,13 +14,12 @@ import errno
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from promoter.blockjob import DRAINED, ENDED, READY, BlockJob, JobStatus, Progress
-from promoter.chain import Disk
+from promoter.blockjob import ENDED, READY, BlockJob, Progress
 from promoter.errors import (
     Cancelled,
     Interrupted,
@@ -33,7 +32,9 @@ from promoter.errors import (
 from promoter.guests.base import CommandFailed, ConnectionLost, Guest, GuestView, MirrorSpec
 from promoter.operations import operation
 from promoter.operations.journal import Journal, OperationStatus
-from promoter.operations.plan import plan_disk, same_files
+from promoter.operations.observation import observe
+from promoter.operations.outcome import DiskReport, error_of, job_failure
+from promoter.operations.plan import plan_disk
 from promoter.operations.promotion import (
     FINAL,
     Action,
@@ -45,14 +46,12 @@ from promoter.operations.promotion import (
     Job,
     Promotion,
     Seen,
-    Target,
     decide,
 )
 from promoter.operations.switchover import commit_all, pause_seconds, switch_over
 from promoter.storage import seed
-from promoter.storage.files import file_id, is_locked, is_open, stamp, sync
+from promoter.storage.files import file_id, is_locked, is_open, sync
 from promoter.storage.images import backing_name
-from promoter.storage.names import Named
 from promoter.storage.seed import SeedMethod, SeedSpec
 
 INTENT = TypeAdapter(Promotion)
@@ -67,28 +66,6 @@ OnProgress = Callable[[str, str, Progress], None]
 """Called with a disk's name, the phase ("seed" or "mirror") and how far it is."""
 OnStep = Callable[[str], None]
 """Called with each action that begins."""
-
-
-@dataclass
-class DiskReport:
-    """What happened to one disk. Bytes and seconds; None for what is not known.
-
-    ``spare`` is a second name of the new disk: the one its QEMU remembers. It goes when
-    that QEMU is gone.
-    """
-
-    disk: str
-    source: Path
-    target: Path
-    seed: SeedMethod
-    seeded_bytes: int | None = None
-    mirrored_bytes: int | None = None
-    duration_s: float | None = None
-    switchover_s: float | None = None
-    verified: bool = False
-    old: Path | None = None
-    node: str | None = None
-    spare: Path | None = None
 
 
 class PromoteOperation:
@@ -129,17 +106,16 @@ class PromoteOperation:
         if guest is None:  # a resume: the guard may have put the switchover back
             self._expected_cancels.update(disk.node for disk in self.intent.disks)
         try:
-            self._raise_unless_done(await operation.run(self, self._journal))
-        except (Cancelled, JobFailed, Refused, Unreachable) as error:
-            cancelled = isinstance(error, Cancelled)
-            status = OperationStatus.CANCELLED if cancelled else OperationStatus.FAILED
-            self._journal.conclude(self.id, status, error.message)
+            last = await operation.run(self, self._journal)
+        except Interrupted:
             raise
-        except NoSpace:
-            self._save(replace(self.intent, failure=None, reason=""))
-            raise
+        except PromoterError as error:
+            hint = f"{error.hint} Continue: promoter job resume {self.id}".strip()
+            raise Interrupted(error.message, hint) from error
         finally:
             await self._let_go()
+        if last.do is not Do.DONE:
+            raise self._conclude(last)
         reports = [self._report(disk) for disk in self.intent.disks]
         names = ", ".join(report.disk for report in reports)
         self._journal.conclude(self.id, OperationStatus.DONE, f"promoted {names or 'nothing'}")
@@ -163,7 +139,7 @@ class PromoteOperation:
 
     async def look(self) -> Seen:
         view = await self._view()
-        disks = tuple(self._look_at(disk, view) for disk in self.intent.disks)
+        disks = tuple(observe(disk, view) for disk in self.intent.disks)
         self._seen = Seen(alive=view is not None, disks=disks)
         return self._seen
 
@@ -200,20 +176,6 @@ class PromoteOperation:
         ]
         return any(is_locked(name) or is_open(name) for name in names)
 
-    def _look_at(self, intent: DiskIntent, view: GuestView | None) -> DiskSeen:
-        named = intent.names.look(intent.seeded.id if intent.seeded else None)
-        disk = view.disk(intent.key) if view else None
-        nodes = view.nodes if view else frozenset()
-        return DiskSeen(
-            active=_active(intent, disk, named),
-            job=_job(view.jobs.get(intent.node) if view else None),
-            named=named,
-            target=_target(intent),
-            attached=bool({intent.node, f"{intent.node}-file"} & nodes),
-            prepared=intent.names.is_prepared(),
-            unchanged=disk is not None and same_files(intent, disk),
-        )
-
     # Decide
 
     def decide(self, seen: Seen) -> Action:
@@ -222,22 +184,28 @@ class PromoteOperation:
     def is_final(self, action: Action) -> bool:
         return action.do in FINAL or self._stopped
 
-    def _raise_unless_done(self, last: Action) -> None:
-        if last.do is Do.DONE:
-            return
+    def _conclude(self, last: Action) -> PromoterError:
+        """The error of a promotion that is not done, after the journal has it."""
         if last.do is not Do.GIVE_UP:
             what = "stopped half-way" if self._stopped else "somebody moved its files"
-            raise Interrupted(
-                f"promotion {self.id}: {what}", f"Continue: promoter job resume {self.id}"
-            )
+            hint = f"Continue: promoter job resume {self.id}"
+            return Interrupted(f"promotion {self.id}: {what}", hint)
         if any(disk.switched for disk in self._seen.disks):
             names = [d.name for d, s in self._pairs() if not s.switched]
-            raise Interrupted(
+            error: PromoterError = Interrupted(
                 f"{', '.join(names)} stayed on the old chain, the other disks are promoted:"
                 f" {self.intent.reason or 'the guest is gone'}",
                 "Promote what is left once more.",
             )
-        raise _error(self.intent)
+        else:
+            error = error_of(self.intent)
+        if isinstance(error, NoSpace):
+            self._save(replace(self.intent, failure=None, reason=""))
+        else:
+            cancelled = isinstance(error, Cancelled)
+            status = OperationStatus.CANCELLED if cancelled else OperationStatus.FAILED
+            self._journal.conclude(self.id, status, error.message)
+        return error
 
     def _pairs(self) -> list[tuple[DiskIntent, DiskSeen]]:
         return list(zip(self.intent.disks, self._seen.disks, strict=True))
@@ -290,7 +258,11 @@ class PromoteOperation:
             case Do.AWAIT_READY:
                 await self._await_ready()
             case Do.SWITCH_OVER:
-                await switch_over(self._alive, self._with_job(Job.READY))
+                ready = self._with_job(Job.READY)
+                jobs = (await self._alive.look()).jobs
+                for disk in ready:
+                    self._report(disk).mirrored_bytes = jobs[disk.node].done
+                await switch_over(self._alive, ready)
             case Do.TIDY:
                 await self._tidy()
             case _:
@@ -380,7 +352,6 @@ class PromoteOperation:
             if job is None or job.status in ENDED:
                 return
             tick(job)
-            self._report(disk).mirrored_bytes = job.done
 
     async def _cancel_job(self, disk: DiskIntent) -> None:
         self._expected_cancels.add(disk.node)
@@ -392,11 +363,11 @@ class PromoteOperation:
         """Read how the job ended, then let QEMU forget it."""
         view = await self._alive.look()
         job = view.jobs.get(disk.node)
-        seen = self._look_at(disk, view)
+        seen = observe(disk, view)
         if seen.active is Active.NEW:
             self._report(disk).switchover_s = pause_seconds(self._alive, disk)
         elif job and not (job.error == CANCELED and disk.node in self._expected_cancels):
-            self._fail(*_job_failure(disk, job))
+            self._fail(*job_failure(disk, job))
         self._expected_cancels.discard(disk.node)
         await self._alive.dismiss(disk.node)
 
@@ -456,67 +427,8 @@ class PromoteOperation:
         return report
 
 
-def _active(intent: DiskIntent, disk: Disk | None, named: Named) -> Active:
-    """What the guest writes to: by node-name in the QEMU that switched, by file in another."""
-    if disk is None:
-        return Active.ABSENT
-    path = intent.chain.active.file
-    bottom = disk.chain.images[-1]
-    ours = any(image.node == intent.node for image in disk.chain)
-    rebooted = named is Named.NEW and bottom.file in (path, intent.names.target)
-    if ours or rebooted:
-        return Active.NEW
-    return Active.OLD if disk.chain.active.file == path else Active.OTHER
-
-
-def _job(job: BlockJob | None) -> Job:
-    if job is None or job.status is JobStatus.NULL:
-        return Job.NONE
-    if job.status is JobStatus.CONCLUDED:
-        return Job.FAILED if job.error else Job.DONE
-    if job.status in DRAINED:
-        return Job.PENDING
-    return Job.READY if job.status in READY else Job.RUNNING
-
-
-def _target(intent: DiskIntent) -> Target:
-    found = stamp(intent.names.target)
-    if intent.seeded and found and found.id == intent.seeded.id:
-        return Target.SEEDED if found == intent.seeded else Target.USED
-    return Target.USED if intent.part.exists() else Target.ABSENT
-
-
-def _job_failure(disk: DiskIntent, job: BlockJob) -> tuple[Failure, str]:
-    why = job.error or "somebody ended it before the switchover"
-    full = "No space left" in why
-    return (
-        Failure.NO_SPACE if full else Failure.JOB_FAILED,
-        f"{disk.name}: the mirror to {disk.names.target} failed: {why}",
-    )
-
-
 def _is_named_as_backing(disk: DiskIntent) -> bool:
     """Does an image in the same directory have the target's first name in its header?"""
     target = disk.names.target
     siblings = (path for path in target.parent.iterdir() if path.is_file())
     return any(Path(backing_name(path) or "").name == target.name for path in siblings)
-
-
-def _error(intent: Promotion) -> PromoterError:
-    unchanged = "The guest is unchanged on its old chain."
-    match intent.failure:
-        case None:
-            return Unreachable(
-                f"{intent.guest} went away before the switchover",
-                "Its disks are the untouched old chain. Start it and promote again.",
-            )
-        case Failure.CANCELLED:
-            return Cancelled(f"promotion {intent.id} was cancelled", unchanged)
-        case Failure.NO_SPACE:
-            return NoSpace(
-                intent.reason, f"{unchanged} Make room, then: promoter job resume {intent.id}"
-            )
-        case Failure.REFUSED:
-            return Refused(intent.reason, unchanged)
-        case Failure.JOB_FAILED:
-            return JobFailed(intent.reason, unchanged)

@@ -1,0 +1,57 @@
+"""What is seen of one disk: the guest's own graph and jobs, and what the files show."""
+
+from __future__ import annotations
+
+from promoter.blockjob import DRAINED, READY, BlockJob, JobStatus
+from promoter.chain import Disk
+from promoter.guests.base import GuestView
+from promoter.operations.plan import same_files
+from promoter.operations.promotion import Active, DiskIntent, DiskSeen, Job, Target
+from promoter.storage.files import stamp
+from promoter.storage.names import Named
+
+
+def observe(intent: DiskIntent, view: GuestView | None) -> DiskSeen:
+    """One disk as it is now; ``view`` is None when the guest is gone."""
+    named = intent.names.look(intent.seeded.id if intent.seeded else None)
+    disk = view.disk(intent.key) if view else None
+    nodes = view.nodes if view else frozenset()
+    return DiskSeen(
+        active=_active(intent, disk, named),
+        job=_job(view.jobs.get(intent.node) if view else None),
+        named=named,
+        target=_target(intent),
+        attached=bool({intent.node, f"{intent.node}-file"} & nodes),
+        prepared=intent.names.is_prepared(),
+        unchanged=disk is not None and same_files(intent, disk),
+    )
+
+
+def _active(intent: DiskIntent, disk: Disk | None, named: Named) -> Active:
+    """What the guest writes to: by node-name in the QEMU that switched, by file in another."""
+    if disk is None:
+        return Active.ABSENT
+    path = intent.chain.active.file
+    bottom = disk.chain.images[-1]
+    ours = any(image.node == intent.node for image in disk.chain)
+    rebooted = named is Named.NEW and bottom.file in (path, intent.names.target)
+    if ours or rebooted:
+        return Active.NEW
+    return Active.OLD if disk.chain.active.file == path else Active.OTHER
+
+
+def _job(job: BlockJob | None) -> Job:
+    if job is None or job.status is JobStatus.NULL:
+        return Job.NONE
+    if job.status is JobStatus.CONCLUDED:
+        return Job.FAILED if job.error else Job.DONE
+    if job.status in DRAINED:
+        return Job.PENDING
+    return Job.READY if job.status in READY else Job.RUNNING
+
+
+def _target(intent: DiskIntent) -> Target:
+    found = stamp(intent.names.target)
+    if intent.seeded and found and found.id == intent.seeded.id:
+        return Target.SEEDED if found == intent.seeded else Target.USED
+    return Target.USED if intent.part.exists() else Target.ABSENT

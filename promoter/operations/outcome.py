@@ -1,0 +1,64 @@
+"""How a promotion ended: what became of each disk, or the error that says why not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from promoter.blockjob import BlockJob
+from promoter.errors import Cancelled, JobFailed, NoSpace, PromoterError, Refused, Unreachable
+from promoter.operations.promotion import DiskIntent, Failure, Promotion
+from promoter.storage.seed import SeedMethod
+
+
+@dataclass
+class DiskReport:
+    """What happened to one disk. Bytes and seconds; None for what is not known.
+
+    ``spare`` is a second name of the new disk: the one its QEMU remembers. It goes when
+    that QEMU is gone.
+    """
+
+    disk: str
+    source: Path
+    target: Path
+    seed: SeedMethod
+    seeded_bytes: int | None = None
+    mirrored_bytes: int | None = None
+    duration_s: float | None = None
+    switchover_s: float | None = None
+    verified: bool = False
+    old: Path | None = None
+    node: str | None = None
+    spare: Path | None = None
+
+
+def job_failure(disk: DiskIntent, job: BlockJob) -> tuple[Failure, str]:
+    """Why a mirror ended without a switchover."""
+    why = job.error or "somebody ended it before the switchover"
+    full = "No space left" in why
+    return (
+        Failure.NO_SPACE if full else Failure.JOB_FAILED,
+        f"{disk.name}: the mirror to {disk.names.target} failed: {why}",
+    )
+
+
+def error_of(intent: Promotion) -> PromoterError:
+    """The error of a promotion that was put back: the guest is on its untouched old chain."""
+    unchanged = "The guest is unchanged on its old chain."
+    match intent.failure:
+        case None:
+            return Unreachable(
+                f"{intent.guest} went away before the switchover",
+                "Its disks are the untouched old chain. Start it and promote again.",
+            )
+        case Failure.CANCELLED:
+            return Cancelled(f"promotion {intent.id} was cancelled", unchanged)
+        case Failure.NO_SPACE:
+            return NoSpace(
+                intent.reason, f"{unchanged} Make room, then: promoter job resume {intent.id}"
+            )
+        case Failure.REFUSED:
+            return Refused(intent.reason, unchanged)
+        case Failure.JOB_FAILED:
+            return JobFailed(intent.reason, unchanged)
