@@ -25,6 +25,7 @@ job_app = typer.Typer(help="Operations, running and past.", no_args_is_help=True
 app.add_typer(job_app, name="job")
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+FASTEST = 2**62  # QEMU counts in 64 bits
 SPEED = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMGT]?)(?:i?B)?(?:/s)?", re.IGNORECASE)
 
 
@@ -48,12 +49,13 @@ class Format(StrEnum):
 def parse_speed(text: str) -> int:
     """Bytes per second from ``100M``, ``1.5GiB/s`` or ``0`` (no limit)."""
     found = SPEED.fullmatch(text.strip())
-    if not found:
+    speed = int(float(found[1]) * UNITS[found[2].upper()]) if found else FASTEST + 1
+    if speed > FASTEST:
         raise typer.BadParameter(
             f"{text!r} is not a rate. Examples: 50M, 1.5GiB/s, 0 for no limit",
             param_hint="--speed",
         )
-    return int(float(found[1]) * UNITS[found[2].upper()])
+    return speed
 
 
 Guest = Annotated[str, typer.Argument(help="The path of the guest's QMP socket.")]

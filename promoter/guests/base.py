@@ -107,4 +107,7 @@ class Guest(Protocol):
     def transition_time(self, job: str, status: JobStatus) -> float | None:
         """When the hypervisor says ``job`` entered ``status``: seconds of its clock."""
 
+    async def gone(self) -> None:
+        """Return when the connection to the guest is lost."""
+
     async def close(self) -> None: ...

@@ -24,6 +24,7 @@ from qemu.qmp import (
     ExecuteError,
     QMPClient,
     QMPError,
+    Runstate,
     StateError,
 )
 
@@ -73,7 +74,7 @@ class QmpGuest:
         except ConnectError as error:
             monitor.close()
             raise Unreachable(
-                f"{path} does not speak QMP: {error}",
+                f"{path} does not speak QMP",
                 "Give the socket of a QMP monitor: qemu … -qmp unix:PATH,server=on,wait=off",
             ) from error
         guest = cls(path, monitor, client)
@@ -263,6 +264,10 @@ class QmpGuest:
     def transition_time(self, job: str, status: JobStatus) -> float | None:
         return self._times.get((job, status))
 
+    async def gone(self) -> None:
+        while self._client.runstate is Runstate.RUNNING:
+            await self._client.runstate_changed()
+
     async def close(self) -> None:
         """Give the monitor back. Safe to call when the connection is already lost."""
         self._events.cancel()
@@ -296,7 +301,10 @@ def _connect_error(path: Path, error: OSError) -> Unreachable:
         return _busy(path)
     if isinstance(error, ConnectionRefusedError):
         return Unreachable(f"nobody listens on {path}", "Is the guest still running?")
-    return Unreachable(f"cannot connect to {path}: {error.strerror or error}")
+    return Unreachable(
+        f"cannot connect to {path}: {error.strerror or error}",
+        "Give the path of a QMP socket that you may open, of at most 107 bytes.",
+    )
 
 
 def _busy(path: Path) -> Unreachable:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from promoter.errors import PromoterError, Refused
 
@@ -84,17 +85,26 @@ class Journal:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        try:
+        with self._writing():
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._db = sqlite3.connect(directory / "journal.sqlite", isolation_level=None)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(SCHEMA)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, sqlite3.Error) as error:
             raise PromoterError(
-                f"cannot keep the journal in {directory}: {error}",
-                "Give a writable directory: --state-dir or PROMOTER_STATE_DIR.",
+                f"cannot keep the journal in {self._directory}: {error}",
+                "Make room there, or give a writable directory: --state-dir or PROMOTER_STATE_DIR.",
             ) from error
+
+    def _write(self, statement: str, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
+        with self._writing():
+            return self._db.execute(statement, values).fetchall()
 
     def close(self) -> None:
         self._db.close()
@@ -103,34 +113,34 @@ class Journal:
         """Record a new operation before its first act."""
         now = _now()
         row = (operation, kind, guest, intent, OperationStatus.RUNNING, None, now, now)
-        self._db.execute("INSERT INTO operations VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+        self._write("INSERT INTO operations VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
 
     def save(self, operation: str, intent: str) -> None:
         """Record what is intended now."""
-        self._db.execute(
+        self._write(
             "UPDATE operations SET intent = ?, updated = ? WHERE id = ?",
             (intent, _now(), operation),
         )
 
     def begin(self, operation: str, action: str) -> int:
         """Record an action before it happens; the step's number."""
-        (number,) = self._db.execute(
+        ((number,),) = self._write(
             "INSERT INTO steps SELECT ?1, coalesce(max(number), 0) + 1, ?2, ?3, NULL, NULL"
             " FROM steps WHERE operation = ?1 RETURNING number",
             (operation, action, _now()),
-        ).fetchone()
+        )
         return int(number)
 
     def end(self, operation: str, number: int, outcome: str) -> None:
         """Record how an action went."""
-        self._db.execute(
+        self._write(
             "UPDATE steps SET ended = ?, outcome = ? WHERE operation = ? AND number = ?",
             (_now(), outcome, operation, number),
         )
 
     def conclude(self, operation: str, status: OperationStatus, result: str) -> None:
         """Record where an operation ended, and its result line."""
-        self._db.execute(
+        self._write(
             "UPDATE operations SET status = ?, result = ?, updated = ? WHERE id = ?",
             (status, result, _now(), operation),
         )

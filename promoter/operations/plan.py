@@ -135,11 +135,13 @@ def _check_disk(disk: Disk) -> None:
         hint = "Remove the filter (throttling, copy-on-read) first."
     elif disk.read_only:
         why = "it is read-only"
+        hint = "Only disks that the guest writes to are promoted."
     elif disk.other_writers:
         why = "something besides the guest writes to it, such as a writable NBD export"
         hint = "It would go on writing to the old disk. Remove it: block-export-del"
     elif active.format != "qcow2":
         why = f"its active layer is {active.format}, not qcow2"
+        hint = "A linked clone is a qcow2 overlay."
     elif active.snapshots:
         why = f"its active layer holds internal snapshots: {', '.join(active.snapshots)}"
         hint = "They would be lost. Delete them first: delvm, or qemu-img snapshot -d"
@@ -148,6 +150,7 @@ def _check_disk(disk: Disk) -> None:
         hint = "The copy would be in clear text."
     elif remote := next((image for image in disk.chain if image.file is None), None):
         why = f"{remote.node} is not a local file"
+        hint = "Run promoter where the chain's files are."
     if why:
         raise Refused(f"{disk.name}: {why}", hint)
 
@@ -179,7 +182,11 @@ async def _check_headers(disk: Disk) -> None:
         try:
             found = await images.info(image)
         except images.ImageError as error:
-            raise Refused(f"{disk.name}: {image.file} cannot be read: {error.message}") from error
+            why = error.message.rpartition(": ")[2]
+            raise Refused(
+                f"{disk.name}: {image.file} cannot be read: {why}",
+                "The guest still has it open: save its data before anything else.",
+            ) from error
         if found.get("format-specific", {}).get("data", {}).get("corrupt"):
             raise Refused(f"{disk.name}: {image.file} is marked corrupt", "See: qemu-img check")
 
@@ -269,7 +276,9 @@ def _check_targets(intents: list[DiskIntent]) -> None:
         raise Refused(f"two disks would be promoted to {twice}", "Promote them one by one.")
     paths = [intent.names.path for intent in intents]
     if shared := next((path for path in paths if paths.count(path) > 1), None):
-        raise Refused(f"two disks of the guest are the same file: {shared}")
+        raise Refused(
+            f"two disks of the guest are the same file: {shared}", "Give each disk its own overlay."
+        )
 
 
 def _check_space(intents: list[DiskIntent]) -> None:

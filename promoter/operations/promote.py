@@ -12,10 +12,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import TypeAdapter
 
@@ -61,6 +62,7 @@ LONGEST_DEATH = 5.0
 STOPPABLE = frozenset({Do.SEED, Do.AWAIT_READY})
 MUST_WORK = frozenset({Do.PUT_NAME_BACK, Do.COMMIT_NAME, Do.DETACH, Do.DISCARD, Do.TIDY})
 
+T = TypeVar("T")
 Connect = Callable[[str], Awaitable[Guest]]
 OnProgress = Callable[[str, str, Progress], None]
 """Called with a disk's name, the phase ("seed" or "mirror") and how far it is."""
@@ -321,10 +323,24 @@ class PromoteOperation:
             like=disk.names.path,
             speed=self.intent.choices.speed,
         )
-        made = await seed.make_seed(spec, report)
+        made = await self._while_alive(seed.make_seed(spec, report))
         self._report(disk).seeded_bytes = disk.part.stat().st_blocks * 512
         self._save(self.intent.with_disk(index, replace(disk, seeded=made)))
         seed.publish(disk.part, disk.names.target)
+
+    async def _while_alive(self, work: Coroutine[None, None, T]) -> T:
+        """Work outside the guest, given up when the guest goes away."""
+        working = asyncio.create_task(work, name="outside the guest")
+        gone = asyncio.create_task(self._alive.gone(), name="guest gone")
+        try:
+            await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            raise ConnectionLost(f"{self.intent.guest}: the monitor closed")
+        finally:
+            working.cancel()
+            gone.cancel()
+            await asyncio.gather(working, gone, return_exceptions=True)
 
     async def _mirror(self, disk: DiskIntent) -> None:
         await self._alive.mirror(
