@@ -147,7 +147,7 @@ class Place:
 
     def fill_in(self, text: str) -> list[str]:
         """The words of a command, `{images}` and the names of disks filled in."""
-        known = {**vars(self), **DISKS, "monitor": self.vm.monitor}
+        known = {**vars(self), **DISKS, "monitor": self.vm.monitor, "long": "n" * 250}
         return [word.format(**known) for word in text.split()]
 
 
@@ -159,21 +159,26 @@ DISKS = {name: f"vd{number}" for number, name in enumerate(NAMES)}
 SECRET = "secret,id=key,data=open-sesame"
 
 
+def encrypted_clone(directory: Path) -> Path:
+    """An overlay whose own clusters are encrypted, by LUKS."""
+    below, path = blank(directory / "encrypted-base.qcow2", SMALL), directory / "encrypted.qcow2"
+    luks = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10"
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "--object", SECRET, "-o", luks]
+    command += ["-b", str(below), "-F", "qcow2", str(path)]
+    # On a busy machine it says "Unable to get accurate CPU usage" now and then.
+    wait_for(lambda: subprocess.run(command).returncode == 0, "qemu-img to measure the CPU", 60)
+    return path
+
+
 def shared_disks(images: Path) -> list[Disk]:
     """One disk for each of NAMES."""
-    encrypted = {"encrypt.format": "luks", "encrypt.key-secret": "key", "encrypt.iter-time": "10"}
-    create = [word for item in encrypted.items() for word in ("-o", "=".join(item))]
     paths = {name: images / f"{name}.qcow2" for name in NAMES}
     linked_clone(base(), paths["running"])
     blank(paths["full"], SMALL)
+    encrypted_clone(images)
     for name in set(NAMES) - {"running", "full", "encrypted"}:
         small_clone(images, name)
     qemu_img("snapshot", "-c", "before-upgrade", paths["snapshots"])
-    below = blank(images / "encrypted-base.qcow2", SMALL)
-    qemu_img(
-        *("create", "-q", "-f", "qcow2", "--object", SECRET, *create),
-        *("-b", below, "-F", "qcow2", paths["encrypted"]),
-    )
     options = {"encrypted": "encrypt.format=luks,encrypt.key-secret=key"}
     devices = {"exported": "share-rw=on"}
     return [
@@ -252,6 +257,20 @@ def regular_file(place: Place, directory: Path) -> Iterator[Path]:
     yield directory / "file"
 
 
+def below_a_file(place: Place, directory: Path) -> Iterator[Path]:
+    (directory / "file").write_text("not a directory")
+    yield directory / "file" / "monitor"
+
+
+def loop_of_links(place: Place, directory: Path) -> Iterator[Path]:
+    (directory / "loop").symlink_to("loop")
+    yield directory / "loop"
+
+
+def too_long_a_name(place: Place, directory: Path) -> Iterator[Path]:
+    yield directory / ("n" * 300)
+
+
 def closed_socket(place: Place, directory: Path) -> Iterator[Path]:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(directory / "closed"))
@@ -297,6 +316,9 @@ def speaker(text: bytes) -> Callable[[Place, Path], Iterator[Path]]:
 UNREACHABLE = {
     "nothing there": (nothing, "no such socket"),
     "a regular file": (regular_file, "not a socket"),
+    "below a regular file": (below_a_file, "no such socket|[Nn]ot a directory"),
+    "a loop of links": (loop_of_links, "links"),
+    "a name no file can have": (too_long_a_name, "no such socket|too long"),
     "a closed socket": (closed_socket, "nobody listens"),
     "left by a killed QEMU": (left_by_a_killed_qemu, "nobody listens"),
     "a monitor in use": (monitor_in_use, "another client.*\n.*second +monitor.*-qmp"),
@@ -399,6 +421,7 @@ REFUSED = {
     "too little space for both": (
         "vd1 vd3 --target-dir {small}", 4, [r"1\d,\d{3},\d{3} bytes needed, 14,680,064 free"]
     ),
+    "the target's name leaves no room": ("vd1 --target {images}/{long}", 4, ["name", "too long"]),
     "one target for two disks": ("vd0 vd1 --target {images}/new", 4, ["--target", "--target-dir"]),
     "target and target directory": (
         "vd0 --target {images}/new --target-dir {small}", 2, ["--target", "--target-dir"]
@@ -562,9 +585,9 @@ def only_job(state: Path) -> dict[str, Any]:
 def fill(directory: Path, room: int) -> Path:
     """Somebody else's file takes all of a file system but `room` bytes."""
     filler = directory / "somebody-elses"
-    space = os.statvfs(directory)
-    with filler.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, space.f_bavail * space.f_frsize - room)
+    with filler.open("wb", buffering=0) as file, suppress(OSError):  # it is full
+        while (more := os.statvfs(directory).f_bavail * os.sysconf("SC_PAGE_SIZE") - room) > 0:
+            file.write(bytes(min(more, MIB)))
     return filler
 
 
@@ -576,9 +599,15 @@ def prove(vm: VM, disk: Path) -> None:
     assert "backing file" not in qemu_img("info", disk)
 
 
-@pytest.mark.parametrize("full_in", ["seed", "mirror"])
+def mirror_is_ready(vm: VM) -> bool:
+    return any(job["status"] == "ready" for job in vm.qmp("query-jobs"))
+
+
+@pytest.mark.parametrize(
+    ("full_in", "rate", "speed"), [("seed", 20, 20), ("mirror", 20, 20), ("switchover", 0, 50)]
+)
 def test_without_space_it_stops_and_resumes_when_there_is_room(
-    tmp_path: Path, full_in: str
+    tmp_path: Path, full_in: str, rate: int, speed: int
 ) -> None:
     images, state = tmp_path / "images", tmp_path / "state"
     images.mkdir()
@@ -586,17 +615,21 @@ def test_without_space_it_stops_and_resumes_when_there_is_room(
     delta = f"write -q -P 9 {SPARE_OFFSET} 12M"
     subprocess.run(["qemu-io", "-c", delta, str(clone)], check=True)
     with (
-        mounted(tmp_path / "small", "size=128m") as small,
-        VM(tmp_path, [Disk(clone)], writer=CALM) as vm,
+        mounted(tmp_path / "small", "size=160m") as small,
+        VM(tmp_path, [Disk(clone)], writer={"lanes": 1, "rate": rate}) as vm,
     ):
         vm.wait_for_acks(1)
+        words = ("--target-dir", small, "--speed", f"{speed}M", "--json")
         with unchanged(vm, images):
-            with promoting(state, vm, "--target-dir", small, "--speed", "12M", "--json") as process:
+            with promoting(state, vm, *words) as process:
                 wait_for_phase("convert", vm, small, process)
                 part = part_in(small)
                 assert part
-                to_come = base().stat().st_size - part.stat().st_blocks * 512
-                filler = fill(small, MIB if full_in == "seed" else to_come + 4 * MIB)
+                room = base().stat().st_size - part.stat().st_blocks * 512 + 4 * MIB
+                if full_in == "switchover":
+                    wait_for(lambda: mirror_is_ready(vm), "the mirror", 30)
+                    room = 0
+                filler = fill(small, MIB if full_in == "seed" else room)
                 ran = ended(process)
             assert (ran.code, ran.result["error"], ran.result["exit_code"]) == (5, "NoSpace", 5)
             assert "No space left" in ran.result["message"]
@@ -609,6 +642,26 @@ def test_without_space_it_stops_and_resumes_when_there_is_room(
         assert resumed.code == 0, resumed
         assert only_job(state)["status"] == "done"
         prove(vm, small / clone.name)
+
+
+def test_a_full_journal_stops_it_and_it_resumes_when_there_is_room(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    clone = linked_clone(base(), images / "clone.qcow2")
+    with mounted(tmp_path / "state", "size=1m") as state, halted(tmp_path, [Disk(clone)]) as vm:
+        with unchanged(vm), promoting(state, vm, "--speed", "20M") as process:
+            wait_for_phase("convert", vm, images, process)
+            filler = fill(state, 0)
+            ran = ended(process)
+        job = only_job(state)
+        assert job["status"] == "interrupted"
+        filler.unlink()
+        resumed = promoter(state, "job", "resume", job["id"])
+        assert resumed.code == 0, resumed
+    assert "backing file" not in qemu_img("info", clone)
+    assert not list(images.glob("*.part-*"))
+    assert ran.code in (5, 9)
+    assert_error(ran, ran.code, "journal", f"promoter job resume {job['id']}")
 
 
 def test_a_guest_that_goes_away_ends_the_seed_and_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -644,7 +697,7 @@ def test_sigterm_leaves_it_for_resume(tmp_path: Path, seed: str) -> None:
     clone = linked_clone(base(), images / "clone.qcow2")
     with VM(tmp_path, [Disk(clone)], writer=CALM) as vm:
         vm.wait_for_acks(1)
-        with promoting(state, vm, "--seed", seed, "--speed", "12M") as process:
+        with promoting(state, vm, "--seed", seed, "--speed", "20M") as process:
             wait_for_phase(seed, vm, images, process)
             process.send_signal(signal.SIGTERM)
             ran = ended(process, PROMPTLY)

@@ -33,6 +33,7 @@ from promoter.operations.promotion import (
 )
 from promoter.storage.names import Named, Names
 from promoter.storage.seed import Geometry, SeedMethod
+from tests.struck import STEPS
 
 BOOL = (False, True)
 FILES_ONLY = FINAL | {Do.DISCARD, Do.TIDY}
@@ -308,14 +309,5 @@ def test_a_fresh_promotion_goes_through_the_patents_steps_in_order() -> None:
     while (action := decision(world)).do not in FINAL:
         steps.append(action.do)
         world = acted(world, action)[-1].running()
-    assert steps == [
-        Do.SEED,
-        Do.ATTACH,
-        Do.MIRROR,
-        Do.AWAIT_READY,
-        Do.PREPARE,
-        Do.SWITCH_OVER,
-        Do.DISMISS,
-        Do.TIDY,
-    ]
+    assert steps == list(STEPS)
     assert action == Action(Do.DONE)
