@@ -550,9 +550,12 @@ def test_without_a_journal_nothing_is_begun(place: Place, state: str) -> None:
 
 
 @contextmanager
-def promoting(state: Path, vm: VM, *words: object) -> Iterator[subprocess.Popen[str]]:
-    """A promotion under way, which does not outlive the block."""
-    with start(state, "promote", vm.monitor, *words) as process:
+def promoting(
+    state: Path, vm: VM, *words: object, hang: str = ""
+) -> Iterator[subprocess.Popen[str]]:
+    """A promotion under way, which does not outlive the block; it stops itself at `hang`."""
+    struck, module = ((hang, "hang", vm.pid), "tests.struck") if hang else ((), "promoter")
+    with start(state, *struck, "promote", vm.monitor, *words, module=module) as process:
         try:
             yield process
         finally:
@@ -599,15 +602,42 @@ def prove(vm: VM, disk: Path) -> None:
     assert "backing file" not in qemu_img("info", disk)
 
 
-def mirror_is_ready(vm: VM) -> bool:
-    return any(job["status"] == "ready" for job in vm.qmp("query-jobs"))
+def is_stopped(process: subprocess.Popen[str]) -> bool:
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def fill_in_the_seed(vm: VM, small: Path, process: subprocess.Popen[str]) -> Path:
+    wait_for_phase("convert", vm, small, process)
+    return fill(small, MIB)
+
+
+def fill_in_the_mirror(vm: VM, small: Path, process: subprocess.Popen[str]) -> Path:
+    """The seed finds room, the delta does not."""
+    wait_for_phase("convert", vm, small, process)
+    part = part_in(small)
+    assert part
+    return fill(small, base().stat().st_size - part.stat().st_blocks * 512 + 4 * MIB)
+
+
+def fill_at_the_switchover(vm: VM, small: Path, process: subprocess.Popen[str]) -> Path:
+    """The mirror was ready, and fails by a guest's write before it is told to complete."""
+    wait_for(lambda: is_stopped(process), "the mirror", 30)
+    filler = fill(small, 0)
+    wait_for(lambda: vm.qmp("query-jobs")[0]["status"] == "concluded", "the mirror's end", 30)
+    process.send_signal(signal.SIGCONT)
+    return filler
 
 
 @pytest.mark.parametrize(
-    ("full_in", "rate", "speed"), [("seed", 20, 20), ("mirror", 20, 20), ("switchover", 0, 50)]
+    ("take_space", "hang"),
+    [
+        (fill_in_the_seed, ""),
+        (fill_in_the_mirror, ""),
+        (fill_at_the_switchover, "before SWITCH_OVER"),
+    ],
 )
 def test_without_space_it_stops_and_resumes_when_there_is_room(
-    tmp_path: Path, full_in: str, rate: int, speed: int
+    tmp_path: Path, take_space: Callable[[VM, Path, subprocess.Popen[str]], Path], hang: str
 ) -> None:
     images, state = tmp_path / "images", tmp_path / "state"
     images.mkdir()
@@ -615,21 +645,14 @@ def test_without_space_it_stops_and_resumes_when_there_is_room(
     delta = f"write -q -P 9 {SPARE_OFFSET} 12M"
     subprocess.run(["qemu-io", "-c", delta, str(clone)], check=True)
     with (
-        mounted(tmp_path / "small", "size=160m") as small,
-        VM(tmp_path, [Disk(clone)], writer={"lanes": 1, "rate": rate}) as vm,
+        mounted(tmp_path / "small", "size=128m") as small,
+        VM(tmp_path, [Disk(clone)], writer=CALM) as vm,
     ):
         vm.wait_for_acks(1)
-        words = ("--target-dir", small, "--speed", f"{speed}M", "--json")
+        words = ("--target-dir", small, "--speed", "20M", "--json")
         with unchanged(vm, images):
-            with promoting(state, vm, *words) as process:
-                wait_for_phase("convert", vm, small, process)
-                part = part_in(small)
-                assert part
-                room = base().stat().st_size - part.stat().st_blocks * 512 + 4 * MIB
-                if full_in == "switchover":
-                    wait_for(lambda: mirror_is_ready(vm), "the mirror", 30)
-                    room = 0
-                filler = fill(small, MIB if full_in == "seed" else room)
+            with promoting(state, vm, *words, hang=hang) as process:
+                filler = take_space(vm, small, process)
                 ran = ended(process)
             assert (ran.code, ran.result["error"], ran.result["exit_code"]) == (5, "NoSpace", 5)
             assert "No space left" in ran.result["message"]

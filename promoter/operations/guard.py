@@ -72,8 +72,7 @@ def take_over(spec: GuardSpec) -> bool:
             _say(spec, "job-cancel", switch)
         return False
     for switch in spec.switches:
-        with suppress(FileNotFoundError):
-            switch.names.commit()
+        switch.names.settle()
         _say(spec, "job-finalize", switch)
     return True
 

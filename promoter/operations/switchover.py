@@ -63,6 +63,8 @@ async def commit(guest: Guest, disk: DiskIntent) -> None:
     try:
         if disk.names.is_old():
             disk.names.commit()
+        else:
+            disk.names.settle()
     except OSError as error:
         await guest.cancel(disk.node)
         raise JobFailed(f"{disk.name} was put back: its name cannot change: {error}") from error

@@ -69,6 +69,12 @@ class Names:
         self.prepared.rename(self.path)
         sync(self.path.parent)
 
+    def settle(self) -> None:
+        """Commit unless somebody has; the commit is durable either way."""
+        with suppress(FileNotFoundError):
+            self.prepared.rename(self.path)
+        sync(self.path.parent)
+
     def revoke(self) -> bool:
         """Take the prepared name away; False when it is gone: the commit has happened."""
         try:
