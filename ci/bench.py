@@ -18,9 +18,9 @@ from typing import Any
 from tests import records
 from tests.vm import MIB, VM, Disk, base, blank, linked_clone
 
-BASE, DELTA, SIZE = 2048 * MIB, 256 * MIB, 3072 * MIB
+BASE, DELTA, SIZE, STEP = 2048 * MIB, 256 * MIB, 3072 * MIB, 64 * MIB
 SEEDS = ("none", "copy", "convert")
-ROUNDS = 5
+ROUNDS = 3
 SWITCHOVERS = 20
 
 
@@ -34,8 +34,9 @@ def promote(state: Path, vm: VM, *options: object) -> dict[str, Any]:
 
 
 def filled(disk: Path, size: int, pattern: int) -> Path:
-    command = ["qemu-io", "-t", "none", "-c", f"write -q -P {pattern} 0 {size}", str(disk)]
-    subprocess.run(command, check=True)
+    writes = (f"write -q -P {pattern} {offset} {STEP}" for offset in range(0, size, STEP))
+    commands = (word for write in writes for word in ("-c", write))
+    subprocess.run(["qemu-io", "-t", "none", *commands, str(disk)], check=True)
     return disk
 
 

@@ -603,6 +603,7 @@ def prove(vm: VM, disk: Path) -> None:
 
 
 def is_stopped(process: subprocess.Popen[str]) -> bool:
+    assert process.poll() is None, process.communicate()
     return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 

@@ -227,6 +227,10 @@ class LiveOutput(PlainOutput):
             text=describe(progress),
         )
 
+    def result(self, result: dict[str, Any], reports: Sequence[DiskReport]) -> None:
+        self._bars.stop()
+        super().result(result, reports)
+
     def close(self) -> None:
         self._bars.stop()
 
