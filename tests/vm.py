@@ -312,7 +312,9 @@ class VM:
             stale.unlink()
         with self._stderr.open("ab") as stderr:
             command = ("setpriv", "--pdeathsig", "KILL", *self.argv)
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=stderr)
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr
+            )
         try:
             self._wait_for(self._connected, "QEMU's monitor", 30)
         except BaseException:
