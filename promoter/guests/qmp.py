@@ -285,6 +285,8 @@ def _connect(path: Path) -> socket.socket:
             f"no such socket: {path}",
             "Is the guest running? Start it with -qmp unix:PATH,server=on,wait=off",
         ) from None
+    except OSError as error:
+        raise _connect_error(path, error) from error
     monitor = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     monitor.settimeout(GREETING_TIMEOUT)
     try:

@@ -207,6 +207,8 @@ def _names(old: Path, active: Image, choices: Choices, identity: str) -> Names:
         same = target.exists() and stamp(target) == stamp(old)
         why = "is the disk itself" if same else "exists"
         raise Refused(f"target {target} {why}", "Choose another --target, or move it away.")
+    _check_name(target.with_name(f"{target.name}.part-{identity}"))
+    _check_name(old.with_name(f"{old.name}.aside-{identity}.back"))
     return Names(
         old=overlay,
         path=old,
@@ -217,9 +219,22 @@ def _names(old: Path, active: Image, choices: Choices, identity: str) -> Names:
     )
 
 
+def _check_name(path: Path) -> None:
+    """The longest names on the way must be possible too, and the journal must hold them."""
+    if not str(path).isprintable():
+        raise Refused(f"{str(path)!r} is not a name for people", "Choose another --target.")
+    most = os.pathconf(path.parent, "PC_NAME_MAX")
+    if (length := len(os.fsencode(path.name))) > most:
+        raise Refused(
+            f"the name {path.name} would be too long: {length} bytes, {most} are possible",
+            "Choose a shorter --target.",
+        )
+
+
 def _check_directory(directory: Path) -> None:
     if not directory.is_dir():
-        raise Refused(f"no such directory: {directory}", "Create it, or choose another --target.")
+        what = "not a directory" if directory.exists() else "no such directory"
+        raise Refused(f"{what}: {directory}", "Create it, or choose another --target.")
     if os.statvfs(directory).f_flag & os.ST_RDONLY:
         raise Refused(f"{directory} is on a read-only file system", "Choose another --target.")
     if not os.access(directory, os.W_OK | os.X_OK):

@@ -141,7 +141,11 @@ class PromoteOperation:
 
     async def look(self) -> Seen:
         view = await self._view()
-        disks = tuple(observe(disk, view) for disk in self.intent.disks)
+        try:
+            disks = tuple(observe(disk, view) for disk in self.intent.disks)
+        except OSError as error:
+            hint = f"Mend that, then: promoter job resume {self.id}"
+            raise Interrupted(f"cannot see the disks' files: {error}", hint) from error
         self._seen = Seen(alive=view is not None, disks=disks)
         return self._seen
 

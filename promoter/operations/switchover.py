@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 
 from promoter.blockjob import DRAINED, BlockJob, JobStatus
-from promoter.errors import JobFailed, PromoterError
+from promoter.errors import JobFailed, NoSpace, PromoterError
 from promoter.guests.base import CommandFailed, Guest
 from promoter.operations import guard
 from promoter.operations.promotion import DiskIntent
@@ -78,12 +78,21 @@ async def commit(guest: Guest, disk: DiskIntent) -> None:
 
 async def _drain(guest: Guest, disks: Sequence[DiskIntent], alive: _Pulse) -> None:
     for disk in disks:
-        await guest.complete(disk.node)
+        try:
+            await guest.complete(disk.node)
+        except CommandFailed as error:  # it failed while it was ready: the job says why
+            job = await guest.wait_for(disk.node, tuple(JobStatus), alive.beat)
+            raise _not_switched(disk, job) from error
     for disk in disks:
         job = await guest.wait_for(disk.node, DRAINED, alive.beat)
         if job is None or job.status not in DRAINED:
-            why = job.error if job and job.error else "its mirror ended"
-            raise JobFailed(f"{disk.name} did not switch: {why}")
+            raise _not_switched(disk, job)
+
+
+def _not_switched(disk: DiskIntent, job: BlockJob | None) -> PromoterError:
+    why = job.error if job and job.error else "its mirror ended"
+    kind = NoSpace if "No space left" in why else JobFailed
+    return kind(f"{disk.name} did not switch: {why}")
 
 
 async def _put_back(guest: Guest, disks: Sequence[DiskIntent]) -> None:
