@@ -35,8 +35,8 @@ class FileStamp:
 class Image:
     """One image of a backing chain, as the running guest has it open.
 
-    ``file`` is None when the image is not a plain local file. Sizes are in
-    bytes. Source: QAPI ``query-named-block-nodes``.
+    ``file`` is None when the image, or its external data file, is not a plain local
+    file. Sizes are in bytes. Source: QAPI ``query-named-block-nodes``.
     """
 
     node: str
@@ -50,7 +50,7 @@ class Image:
     compat: str | None = None
     extended_l2: bool = False
     encrypted: bool = False
-    data_file: bool = False
+    data_file: Path | None = None
     snapshots: tuple[str, ...] = ()
     bitmaps: tuple[str, ...] = ()
 
@@ -59,6 +59,11 @@ class Image:
         """The unit of allocation in bytes: a cluster, or a subcluster with extended L2."""
         cluster = self.cluster_size or 64 * 1024
         return cluster // 32 if self.extended_l2 else cluster
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the image."""
+        return tuple(file for file in (self.file, self.data_file) if file)
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,9 @@ class DiskOptions:
 class Disk:
     """A guest's disk: its names, its backing chain and who else works on it.
 
-    ``key`` finds the same disk again after a switchover or a reboot.
+    ``key`` finds the same disk again after a switchover or a reboot. ``node`` is its root:
+    the active layer, or the uppermost of the throttle filters above it; ``filters`` are the
+    others. ``backing_given``: the guest's command line says what lies below the active layer.
     """
 
     key: str
@@ -113,6 +120,7 @@ class Disk:
     filters: tuple[str, ...] = ()
     jobs: tuple[str, ...] = ()
     other_writers: int = 0
+    backing_given: bool = False
 
     def answers_to(self, name: str) -> bool:
         """Is ``name`` this disk's device id, device name or node-name?"""
@@ -134,5 +142,7 @@ def image_spec(images: tuple[Image, ...]) -> str:
         }
         if image.format != "raw":
             layer["backing"] = spec
+        if image.data_file:
+            layer["data-file"] = {"driver": "file", "filename": str(image.data_file)}
         spec = layer
     return "json:" + json.dumps(spec)

@@ -153,7 +153,7 @@ class Place:
 
 NAMES = (
     *("running", "second", "full", "busy", "exported"),
-    *("snapshots", "encrypted", "missing", "replaced", "broken"),
+    *("snapshots", "encrypted", "missing", "replaced", "broken", "spelled"),
 )
 DISKS = {name: f"vd{number}" for number, name in enumerate(NAMES)}
 SECRET = "secret,id=key,data=open-sesame"
@@ -179,7 +179,10 @@ def shared_disks(images: Path) -> list[Disk]:
     for name in set(NAMES) - {"running", "full", "encrypted"}:
         small_clone(images, name)
     qemu_img("snapshot", "-c", "before-upgrade", paths["snapshots"])
-    options = {"encrypted": "encrypt.format=luks,encrypt.key-secret=key"}
+    options = {
+        "encrypted": "encrypt.format=luks,encrypt.key-secret=key",
+        "spelled": "backing=spelled-base",
+    }
     devices = {"exported": "share-rw=on"}
     return [
         Disk(path, options=options.get(name, ""), device=devices.get(name, ""))
@@ -207,7 +210,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         sockets = stack.enter_context(short_directory())
         readonly = stack.enter_context(mounted(directory / "readonly", "ro,size=64m"))
         small = stack.enter_context(mounted(directory / "small", "size=14m"))
-        extra = ("-object", SECRET, "-monitor", f"unix:{sockets / HMP},server=on,wait=off")
+        below = f"node-name=spelled-base,driver=qcow2,file.driver=file,file.filename={images}"
+        extra = (
+            *("-object", SECRET, "-monitor", f"unix:{sockets / HMP},server=on,wait=off"),
+            *("-blockdev", f"{below}/spelled-base.qcow2"),
+        )
         vm = stack.enter_context(VM(directory, shared_disks(images), extra=extra))
         spoil(images)
         vm.wait_for_acks(1)
@@ -432,6 +439,7 @@ REFUSED = {
     "a speed beyond QEMU's": ("vd1 --speed 99999999999T", 2, ["--speed"]),
     "internal snapshots": ("{snapshots}", 4, ["before-upgrade", "snapshot -d"]),
     "an encrypted layer": ("{encrypted}", 4, ["encrypted"]),
+    "the command line names the base": ("{spelled}", 4, ["spells out", "--target"]),
     "the base is missing": ("{missing}", 4, ["missing-base.qcow2"]),
     "the base was replaced": ("{replaced}", 4, ["replaced-base.qcow2", "not the file"]),
     "the base is broken": ("{broken}", 4, ["broken-base.qcow2"]),

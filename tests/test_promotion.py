@@ -48,6 +48,7 @@ def disk_intent(index: int) -> DiskIntent:
         key=f"vd{index}",
         name=f"vd{index}",
         chain=BackingChain((image, image)),
+        root="#block1",
         below=(),
         options=DiskOptions(),
         names=Names(FileId(1, index), path, path, path, path, in_place=True),

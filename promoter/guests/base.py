@@ -27,10 +27,11 @@ class CommandFailed(JobFailed):
 
 @dataclass(frozen=True)
 class GuestView:
-    """One look at a guest. ``status`` is QAPI's ``RunState``."""
+    """One look at a guest. ``status`` is QAPI's ``RunState``; ``iothreads``: has it any?"""
 
     version: tuple[int, int, int]
     status: str
+    iothreads: bool
     disks: tuple[Disk, ...]
     nodes: frozenset[str]
     jobs: dict[str, BlockJob]
@@ -45,12 +46,14 @@ class GuestView:
 class MirrorSpec:
     """One mirror: ``blockdev-mirror`` from a disk's root node onto a target node.
 
+    ``replaces`` is the node that the target takes the place of: the active layer.
     ``sync`` is "top" (the active layer only, onto a seeded target) or "full".
     ``granularity`` is in bytes, ``speed`` in bytes per second (0: no limit).
     """
 
     job: str
     source: str
+    replaces: str
     target: str
     sync: str
     granularity: int

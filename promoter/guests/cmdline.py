@@ -10,26 +10,38 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
 WANTED = ("aio", "discard", "locking")
 
 
-def disk_options(pid: int, names: set[str]) -> dict[str, str]:
-    """The aio, discard and locking options of the disk known by one of ``names``.
+@dataclass(frozen=True)
+class Given:
+    """What a command line says of one disk: its options, and whether it spells out what
+    lies below the active layer.
+    """
 
-    Empty for a disk that was plugged in later, or when the process cannot be read.
+    options: Mapping[str, str] = field(default_factory=dict)
+    backing: bool = False
+
+
+def given(pid: int, names: set[str]) -> Given:
+    """What the command line of process ``pid`` says of the disk known by one of ``names``.
+
+    Nothing for a disk that was plugged in later, or when the process cannot be read.
     """
     try:
         words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
     except OSError:
-        return {}
+        return Given()
     blocks = list(_blocks(words))
     for block in blocks:
         if names & {block.get("node-name"), block.get("id")}:
-            return _wanted(block, blocks)
-    return {}
+            spelled_out = any("backing" in key.split(".") for key in block)
+            return Given(_wanted(block, blocks), spelled_out)
+    return Given()
 
 
 def _blocks(words: list[str]) -> Iterator[dict[str, str]]:
@@ -56,8 +68,9 @@ def _flatten(value: Mapping[str, object], prefix: str = "") -> dict[str, str]:
 def _wanted(block: dict[str, str], blocks: list[dict[str, str]]) -> dict[str, str]:
     below = next((b for b in blocks if b.get("node-name") == block.get("file")), {})
     found = {}
-    for key in WANTED:
-        value = block.get(f"file.{key}") or below.get(key) or block.get(key)
-        if value:
-            found[key] = value
+    for place in (block, below):  # what the file's node says counts most
+        for key, value in place.items():
+            *parents, name = key.split(".")
+            if name in WANTED and "backing" not in parents:
+                found[name] = value
     return found

@@ -12,8 +12,9 @@ from typing import Any
 
 from promoter.chain import BackingChain, Image
 
+THROTTLE = "throttle"
 FILTERS = frozenset(
-    {"mirror_top", "commit_top", "throttle", "copy-on-read", "copy-before-write", "preallocate"}
+    {THROTTLE, "mirror_top", "commit_top", "copy-on-read", "copy-before-write", "preallocate"}
 )
 
 
@@ -35,6 +36,9 @@ class BlockGraph:
         """The file names QEMU remembers, made absolute."""
         paths = (self._path(name) for name in self._info)
         return frozenset(str(path) for path in paths if path)
+
+    def is_throttle(self, node: str) -> bool:
+        return bool(self._info[node]["drv"] == THROTTLE)
 
     def chain(self, root: str) -> tuple[tuple[str, ...], BackingChain]:
         """The filters above a disk's active layer, and its backing chain."""
@@ -64,13 +68,14 @@ class BlockGraph:
             )
         )
 
-    def unnamed_writers(self, node: str) -> int:
-        """How many users without a device write to ``node``: exports and the like."""
+    def unnamed_writers(self, nodes: Iterable[str]) -> int:
+        """How many users without a device write to one of ``nodes``: exports and the like."""
+        wanted = set(nodes)
         return sum(
             parent["type"] == "block-backend"
             and not parent["name"]
             and "write" in edge["perm"]
-            and self._graph[edge["child"]]["name"] == node
+            and self._graph[edge["child"]]["name"] in wanted
             for edge, parent in self._parents()
         )
 
@@ -89,10 +94,13 @@ class BlockGraph:
         specific = info.get("format-specific", {}).get("data", {})
         file_node = self._child(node, "file")
         storage = self._info.get(file_node or node, entry)
+        data_node = self._child(node, "data-file")
+        data_file = self._path(data_node) if data_node else None
+        is_local = data_node is None or data_file is not None
         return Image(
             node=node,
             format="raw" if file_node is None else entry["drv"],
-            file=self._path(storage["node-name"]),
+            file=self._path(storage["node-name"]) if is_local else None,
             file_driver=storage["drv"],
             file_node=file_node,
             virtual_size=info["virtual-size"],
@@ -101,7 +109,7 @@ class BlockGraph:
             compat=specific.get("compat"),
             extended_l2=specific.get("extended-l2", False),
             encrypted=entry["encrypted"] or "encrypt" in specific,
-            data_file="data-file" in specific,
+            data_file=data_file,
             snapshots=tuple(s["name"] for s in info.get("snapshots", ())),
             bitmaps=tuple(b["name"] for b in _bitmaps(entry, specific)),
         )

@@ -32,7 +32,7 @@ from promoter.blockjob import ENDED, BlockJob, JobStatus
 from promoter.chain import Disk, DiskOptions
 from promoter.errors import NoSpace, Refused, Unreachable
 from promoter.guests.base import CommandFailed, ConnectionLost, GuestView, MirrorSpec
-from promoter.guests.cmdline import disk_options
+from promoter.guests.cmdline import given
 from promoter.guests.graph import BlockGraph
 
 OLDEST = (7, 2, 0)
@@ -145,6 +145,7 @@ class QmpGuest:
         return GuestView(
             version=await self._version(),
             status=(await self._execute("query-status"))["status"],
+            iothreads=bool(await self._execute("query-iothreads")),
             disks=tuple(self._disk(graph, e) for e in entries if "inserted" in e),
             nodes=graph.names,
             files=graph.files,
@@ -155,25 +156,27 @@ class QmpGuest:
         inserted = entry["inserted"]
         root = inserted["node-name"]
         filters, chain = graph.chain(root)
-        names = _names(entry, chain.active.node)
+        names = _names(entry, chain.active.node, root)
         cache = inserted["cache"]
-        given = disk_options(self._pid, set(names))
+        upper = [*filters, chain.active.node]
+        line = given(self._pid, set(names))
         return Disk(
             key=entry.get("qdev") or entry["device"],
             name=names[0],
             aliases=frozenset(names),
             node=root,
             chain=chain,
-            filters=filters,
+            filters=tuple(node for node in filters if not graph.is_throttle(node)),
             read_only=inserted["ro"],
             jobs=graph.jobs_on([*filters, *(image.node for image in chain)]),
-            other_writers=graph.unnamed_writers(root),
+            other_writers=graph.unnamed_writers(upper),
+            backing_given=line.backing,
             options=DiskOptions(
                 cache_direct=cache["direct"],
                 cache_no_flush=cache["no-flush"],
                 writeback=cache["writeback"],
                 detect_zeroes=inserted["detect_zeroes"],
-                **given,
+                **line.options,
             ),
         )
 
@@ -215,6 +218,7 @@ class QmpGuest:
         return True
 
     async def mirror(self, spec: MirrorSpec) -> None:
+        below_filter = {"replaces": spec.replaces} if spec.replaces != spec.source else {}
         await self._execute(
             "blockdev-mirror",
             job_id=spec.job,
@@ -227,6 +231,7 @@ class QmpGuest:
             filter_node_name=f"{spec.target}-mirror",
             auto_finalize=False,
             auto_dismiss=False,
+            **below_filter,
         )
 
     async def complete(self, job: str) -> None:
@@ -334,9 +339,9 @@ def _job(entry: dict[str, Any]) -> BlockJob:
     )
 
 
-def _names(entry: dict[str, Any], node: str) -> list[str]:
-    """A disk's names, the best one first: device id, device name, node-name, QOM path."""
+def _names(entry: dict[str, Any], *nodes: str) -> list[str]:
+    """A disk's names, the best one first: device id, device name, node-names, QOM path."""
     qdev = str(entry.get("qdev", ""))
-    device_id = qdev.split("/")[3] if qdev.startswith("/machine/peripheral/") else ""
-    named_node = "" if node.startswith("#") else node
-    return [name for name in (device_id, entry["device"], named_node, qdev) if name]
+    device_id = qdev.removeprefix("/machine/peripheral/").partition("/")[0]
+    named = [node for node in nodes if not node.startswith("#")]
+    return [name for name in (device_id, entry["device"], *named, qdev) if name]

@@ -13,7 +13,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from promoter.chain import BackingChain, Disk, Image
+from promoter.chain import BackingChain, Disk, FileStamp, Image
 from promoter.errors import Refused, Unreachable
 from promoter.guests.base import Guest, GuestView
 from promoter.operations.promotion import Choices, DiskIntent, Promotion
@@ -49,6 +49,7 @@ async def plan(guest: Guest, identity: str, choices: Choices) -> Plan:
             "--target names one file, but several disks would be promoted",
             "Name one disk, or give --target-dir.",
         )
+    _check_throttles(view, linked)
     intents = [
         await plan_disk(guest, disk, choices, identity, index) for index, disk in enumerate(linked)
     ]
@@ -67,14 +68,12 @@ async def plan_disk(
 ) -> DiskIntent:
     """Plan one linked disk. Raises `Refused` with the reason."""
     _check_disk(disk)
-    files = await asyncio.to_thread(_check_files, guest, disk)
+    await asyncio.to_thread(_check_files, guest, disk)
     await _check_headers(disk)
-    old = files[0]
-    names = _names(old, disk.chain.active, choices, identity)
+    names = _names(disk, choices, identity)
     geometry = _geometry(disk.chain, choices, names)
     below = disk.chain.below
     method, geometry = await asyncio.to_thread(_method, below, choices.seed, geometry, names.target)
-    stamps = tuple(found for image in below if (found := stamp(_file(image))))
     shared = below[0].allocated if method is SeedMethod.REFLINK else 0
     full = await images.measure(disk.chain.images, geometry.format, geometry.options)
     return DiskIntent(
@@ -82,8 +81,9 @@ async def plan_disk(
         index=index,
         key=disk.key,
         name=disk.name,
+        root=disk.node,
         chain=disk.chain,
-        below=stamps,
+        below=_stamps(disk.chain),
         options=disk.options,
         names=names,
         method=method,
@@ -132,7 +132,7 @@ def _check_disk(disk: Disk) -> None:
         hint = "Wait for it or end it. If it is promoter's: promoter job list"
     elif disk.filters:
         why = f"a filter lies above its image: {', '.join(disk.filters)}"
-        hint = "Remove the filter (throttling, copy-on-read) first."
+        hint = "Remove the filter first; a throttle filter may stay."
     elif disk.read_only:
         why = "it is read-only"
         hint = "Only disks that the guest writes to are promoted."
@@ -155,8 +155,19 @@ def _check_disk(disk: Disk) -> None:
         raise Refused(f"{disk.name}: {why}", hint)
 
 
-def _check_files(guest: Guest, disk: Disk) -> list[Path]:
-    """The chain's files, after making sure that they are the ones QEMU has open."""
+def _check_throttles(view: GuestView, disks: list[Disk]) -> None:
+    """Before QEMU 9.0 a mirror below a filter takes the iothread's lock twice, and hangs."""
+    throttled = [disk.name for disk in disks if disk.node != disk.chain.active.node]
+    if throttled and view.iothreads and view.version < (9, 0, 0):
+        raise Refused(
+            f"{', '.join(throttled)}: under a throttle filter in a guest with iothreads,"
+            f" QEMU {'.'.join(map(str, view.version))} would hang at the switchover",
+            "Throttle with -drive or the device instead, or use QEMU 9.0 or newer.",
+        )
+
+
+def _check_files(guest: Guest, disk: Disk) -> None:
+    """Are the chain's files the ones that QEMU has open?"""
     try:
         opened = open_files(guest.pid)
     except OSError as error:
@@ -164,8 +175,7 @@ def _check_files(guest: Guest, disk: Disk) -> list[Path]:
             f"{guest.name}: cannot see which files its QEMU (pid {guest.pid}) has open",
             "Run promoter on the guest's host, as root or as QEMU's own user.",
         ) from error
-    files = [_file(image).resolve() for image in disk.chain]
-    for file in files:
+    for file in (file.resolve() for image in disk.chain for file in image.files):
         found = stamp(file)
         if found is None:
             raise Refused(f"{disk.name}: {file} is missing", "QEMU still has it open; put it back.")
@@ -174,7 +184,6 @@ def _check_files(guest: Guest, disk: Disk) -> list[Path]:
                 f"{disk.name}: {file} is not the file that QEMU has open",
                 "It was replaced after the guest started. Put the original back.",
             )
-    return files
 
 
 async def _check_headers(disk: Disk) -> None:
@@ -191,8 +200,14 @@ async def _check_headers(disk: Disk) -> None:
             raise Refused(f"{disk.name}: {image.file} is marked corrupt", "See: qemu-img check")
 
 
-def _names(old: Path, active: Image, choices: Choices, identity: str) -> Names:
+def _names(disk: Disk, choices: Choices, identity: str) -> Names:
+    old = _file(disk.chain.active).resolve()
     in_place = not (choices.target or choices.target_dir)
+    if in_place and disk.backing_given:
+        raise Refused(
+            f"{disk.name}: the guest's command line spells out what lies below {old}",
+            "It would put the base below the full clone again. Give a --target.",
+        )
     if in_place:
         target = old.with_name(f"{old.name}.new-{identity}")
     elif choices.target:
@@ -200,7 +215,7 @@ def _names(old: Path, active: Image, choices: Choices, identity: str) -> Names:
     else:
         target = Path(choices.target_dir or ".").absolute() / old.name
     overlay = file_id(old)
-    assert overlay, f"{active.node}: checked to be there"
+    assert overlay, f"{old}: checked to be there"
     for directory in {old.parent, target.parent}:
         _check_directory(directory)
     if os.path.lexists(target):
@@ -338,5 +353,11 @@ def same_files(intent: DiskIntent, disk: Disk) -> bool:
     return (
         [image.file for image in disk.chain] == planned
         and disk.chain.active.virtual_size == intent.virtual_size
-        and tuple(stamp(_file(image)) for image in disk.chain.below) == intent.below
+        and _stamps(disk.chain) == intent.below
     )
+
+
+def _stamps(chain: BackingChain) -> tuple[FileStamp, ...]:
+    """The files under the active layer; one that is missing makes the tuple shorter."""
+    files = (file for image in chain.below for file in image.files)
+    return tuple(found for file in files if (found := stamp(file)))

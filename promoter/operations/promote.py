@@ -350,7 +350,8 @@ class PromoteOperation:
         await self._alive.mirror(
             MirrorSpec(
                 job=disk.node,
-                source=disk.chain.active.node,
+                source=disk.root,
+                replaces=disk.chain.active.node,
                 target=disk.node,
                 sync="full" if disk.method is SeedMethod.NONE else "top",
                 granularity=disk.chain.active.granularity,

@@ -48,12 +48,17 @@ class Choices:
 
 @dataclass(frozen=True)
 class DiskIntent:
-    """One disk of a promotion. ``node`` is also the name of its mirror job."""
+    """One disk of a promotion.
+
+    ``node`` is the new disk's, and the name of its mirror job; ``root`` is the node that the
+    guest's device has; ``below`` are the files under the active layer, as they were planned.
+    """
 
     node: str
     index: int
     key: str
     name: str
+    root: str
     chain: BackingChain
     below: tuple[FileStamp, ...]
     options: DiskOptions
