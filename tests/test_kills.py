@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from promoter.operations.switchover import DEADLINE
+from promoter.operations.guarding import DEADLINE
 from tests import records
 from tests.cli import Ran, ended, promoter, start
 from tests.struck import POINTS

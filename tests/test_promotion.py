@@ -151,6 +151,14 @@ def test_every_combination_for_two_disks_is_decided_safely() -> None:
             check_decision(intent, Seen(alive=True, disks=(first, second)))
 
 
+def test_a_guest_that_we_stopped_is_continued_before_anything_else() -> None:
+    stopped = replace(INTENTS[1, None, False], stopped=True)
+    for disk in every_disk():
+        assert decide(stopped, Seen(alive=True, disks=(disk,))) == Action(Do.CONTINUE)
+        dead = Seen(alive=False, disks=(after_death(disk),))
+        assert decide(stopped, dead) == decide(INTENTS[1, None, False], dead)
+
+
 def test_a_decision_is_the_same_when_asked_again() -> None:
     for disk in every_disk():
         seen = Seen(alive=True, disks=(disk,))

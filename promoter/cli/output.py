@@ -191,6 +191,9 @@ class PlainOutput:
             ("verified", "yes" if report.verified else "no"),
             ("old overlay", escape(str(report.old))),
         ]
+        if report.start_pause_s is not None:
+            pause = f"{human_seconds(report.start_pause_s)}, for a bug of this QEMU"
+            rows.insert(2, ("stopped for the mirror's start", pause))
         if report.spare:
             rows.append(("second name", f"{escape(str(report.spare))}, until this QEMU ends"))
         for name, text in rows:

@@ -86,7 +86,19 @@ class Guest(Protocol):
     async def drop(self, node: str) -> bool:
         """Close a node unless something uses it; tells whether it is closed."""
 
+    async def status(self) -> str:
+        """QAPI's ``RunState``."""
+
+    async def stop(self) -> None:
+        """Stop the guest's CPUs."""
+
+    async def cont(self) -> None:
+        """Continue the guest's CPUs."""
+
     async def mirror(self, spec: MirrorSpec) -> None: ...
+
+    async def job(self, job: str) -> BlockJob | None:
+        """The job as it is now."""
 
     async def complete(self, job: str) -> None: ...
 

@@ -144,7 +144,7 @@ class QmpGuest:
         jobs = [_job(job) for job in await self._execute("query-jobs")]
         return GuestView(
             version=await self._version(),
-            status=(await self._execute("query-status"))["status"],
+            status=await self.status(),
             iothreads=bool(await self._execute("query-iothreads")),
             disks=tuple(self._disk(graph, e) for e in entries if "inserted" in e),
             nodes=graph.names,
@@ -217,6 +217,15 @@ class QmpGuest:
             return False
         return True
 
+    async def status(self) -> str:
+        return str((await self._execute("query-status"))["status"])
+
+    async def stop(self) -> None:
+        await self._execute("stop")
+
+    async def cont(self) -> None:
+        await self._execute("cont")
+
     async def mirror(self, spec: MirrorSpec) -> None:
         below_filter = {"replaces": spec.replaces} if spec.replaces != spec.source else {}
         await self._execute(
@@ -246,6 +255,10 @@ class QmpGuest:
     async def dismiss(self, job: str) -> None:
         await self._execute("job-dismiss", id=job)
 
+    async def job(self, job: str) -> BlockJob | None:
+        found = map(_job, await self._execute("query-jobs"))
+        return next((each for each in found if each.id == job), None)
+
     async def wait_for(
         self,
         job: str,
@@ -255,8 +268,7 @@ class QmpGuest:
         """Events wake the wait; between them progress is asked for five times a second."""
         while True:
             self._changed.clear()
-            jobs = {j.id: j for j in map(_job, await self._execute("query-jobs"))}
-            now = jobs.get(job)
+            now = await self.job(job)
             if now is None or now.status in wanted or now.status in ENDED:
                 return now
             tick(now)

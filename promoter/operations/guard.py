@@ -1,11 +1,13 @@
 """The guard: nobody may be left frozen.
 
-While a switchover has the guest's I/O drained, a promoter that died or hangs
-would leave the guest standing still. This small process is started before,
-holds the same monitor connection, and takes over when promoter's end of the
-pipe closes or nothing is heard for a second: if the first name has not changed
-it takes the prepared names away, which makes promoter's own commit impossible,
-and cancels the jobs; otherwise it finishes names and jobs alike.
+While a switchover has the guest's I/O drained, or its CPUs are stopped for the
+start of a mirror, a promoter that died or hangs would leave the guest standing
+still. This small process is started before, holds the same monitor connection,
+and takes over when promoter's end of the pipe closes or nothing is heard for a
+second. In a switchover: if the first name has not changed it takes the
+prepared names away, which makes promoter's own commit impossible, and cancels
+the jobs; otherwise it finishes names and jobs alike. At a start: it cancels
+the job and continues the guest.
 
 Run as ``python -m promoter.operations.guard SPEC`` with the pipe on standard input.
 """
@@ -38,11 +40,15 @@ class Switch:
 
 @dataclass(frozen=True)
 class GuardSpec:
-    """``monitor`` is an inherited file descriptor, ``deadline`` in seconds."""
+    """``monitor`` is an inherited file descriptor, ``deadline`` in seconds.
+
+    ``starting`` is the job for whose start the guest was stopped.
+    """
 
     monitor: int
     deadline: float
     switches: tuple[Switch, ...]
+    starting: str | None
 
 
 SPEC = TypeAdapter(GuardSpec)
@@ -66,14 +72,18 @@ def watch(spec: GuardSpec, pipe: int) -> None:
 
 def take_over(spec: GuardSpec) -> bool:
     """Put everything back, or finish it when the first name has changed; was it finished?"""
+    if spec.starting:
+        _say(spec, "job-cancel", id=spec.starting)
+        _say(spec, "cont")
+        return False
     if spec.switches[0].names.revoke():
         for switch in spec.switches:
             switch.names.revoke()
-            _say(spec, "job-cancel", switch)
+            _say(spec, "job-cancel", id=switch.job)
         return False
     for switch in spec.switches:
         switch.names.settle()
-        _say(spec, "job-finalize", switch)
+        _say(spec, "job-finalize", id=switch.job)
     return True
 
 
@@ -86,8 +96,8 @@ def _check(spec: GuardSpec) -> None:
             switch.names.put_back()
 
 
-def _say(spec: GuardSpec, command: str, switch: Switch) -> None:
-    _send(spec, {"execute": command, "arguments": {"id": switch.job}, "id": "guard"})
+def _say(spec: GuardSpec, command: str, **arguments: str) -> None:
+    _send(spec, {"execute": command, "arguments": arguments, "id": "guard"})
 
 
 def _send(spec: GuardSpec, message: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ class DiskReport:
     mirrored_bytes: int | None = None
     duration_s: float | None = None
     switchover_s: float | None = None
+    start_pause_s: float | None = None
     verified: bool = False
     old: Path | None = None
     node: str | None = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from promoter.chain import BackingChain, Disk, FileStamp, Image
 from promoter.errors import Refused, Unreachable
 from promoter.guests.base import Guest, GuestView
 from promoter.operations.promotion import Choices, DiskIntent, Promotion
+from promoter.operations.start import loses_writes_at_start
 from promoter.storage import images
 from promoter.storage.files import file_id, free_bytes, open_files, stamp
 from promoter.storage.names import Names
@@ -59,7 +61,10 @@ async def plan(guest: Guest, identity: str, choices: Choices) -> Plan:
         Promotion(identity, guest.name, choices, tuple(intents)),
         free=tuple(free_bytes(intent.names.target.parent) for intent in intents),
         nothing_to_do=tuple(disk.name for disk in disks if len(disk.chain) == 1),
-        warnings=tuple(warning for intent in intents for warning in _warnings(intent)),
+        warnings=(
+            *_pauses(view),
+            *(warning for intent in intents for warning in _warnings(intent)),
+        ),
     )
 
 
@@ -97,19 +102,6 @@ def _check_guest(view: GuestView, name: str) -> None:
         raise Unreachable(f"{name} is shutting down", "Start the guest again first.")
     if view.status not in PROMOTABLE:
         raise Refused(f"{name} is in state {view.status}", "Promote it while it runs or is paused.")
-    if loses_writes_at_start(view.version):
-        raise Refused(
-            f"QEMU {'.'.join(map(str, view.version))} can lose guest writes while a mirror starts",
-            "Fixed in QEMU 10.0.9 and 10.2.2; QEMU 7.2 never had it.",
-        )
-
-
-def loses_writes_at_start(version: tuple[int, int, int]) -> bool:
-    """Is this a QEMU whose mirror may miss writes during its first allocation scan?
-
-    8.0 and 8.1 are counted in: whether they are affected in write-blocking mode is not known.
-    """
-    return (8, 0, 0) <= version < (10, 0, 9) or (10, 1, 0) <= version < (10, 2, 2)
 
 
 def _select(view: GuestView, names: tuple[str, ...]) -> list[Disk]:
@@ -325,6 +317,14 @@ def _check_space(intents: list[DiskIntent]) -> None:
                 f"not enough space in {places[device]}: {required:,} bytes needed, {free:,} free",
                 "Make room, or choose another --target.",
             )
+
+
+def _pauses(view: GuestView) -> Iterator[str]:
+    if loses_writes_at_start(view.version):
+        yield (
+            f"QEMU {'.'.join(map(str, view.version))} can lose writes while a mirror starts:"
+            " the guest will stand still for each start, as a rule for milliseconds"
+        )
 
 
 def _warnings(intent: DiskIntent) -> list[str]:

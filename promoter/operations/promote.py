@@ -49,6 +49,7 @@ from promoter.operations.promotion import (
     Seen,
     decide,
 )
+from promoter.operations.start import loses_writes_at_start, scanned, start_standing
 from promoter.operations.switchover import commit_all, pause_seconds, switch_over
 from promoter.storage import seed
 from promoter.storage.files import file_id, is_locked, is_open, sync
@@ -60,7 +61,9 @@ MOST_REPLANS = 3
 CANCELED = "Operation canceled"
 LONGEST_DEATH = 5.0
 STOPPABLE = frozenset({Do.SEED, Do.AWAIT_READY})
-MUST_WORK = frozenset({Do.PUT_NAME_BACK, Do.COMMIT_NAME, Do.DETACH, Do.DISCARD, Do.TIDY})
+MUST_WORK = frozenset(
+    {Do.CONTINUE, Do.PUT_NAME_BACK, Do.COMMIT_NAME, Do.DETACH, Do.DISCARD, Do.TIDY}
+)
 
 T = TypeVar("T")
 Connect = Callable[[str], Awaitable[Guest]]
@@ -259,6 +262,8 @@ class PromoteOperation:
 
     async def _do_together(self, do: Do) -> None:
         match do:
+            case Do.CONTINUE:
+                await self._continue()
             case Do.FINISH_SWITCHOVER:
                 await commit_all(self._alive, [d for d, s in self._pairs() if s.can_finish])
             case Do.AWAIT_READY:
@@ -347,18 +352,32 @@ class PromoteOperation:
             await asyncio.gather(working, gone, return_exceptions=True)
 
     async def _mirror(self, disk: DiskIntent) -> None:
-        await self._alive.mirror(
-            MirrorSpec(
-                job=disk.node,
-                source=disk.root,
-                replaces=disk.chain.active.node,
-                target=disk.node,
-                sync="full" if disk.method is SeedMethod.NONE else "top",
-                granularity=disk.chain.active.granularity,
-                copy_mode=self.intent.choices.copy_mode,
-                speed=self.intent.choices.speed,
-            )
+        spec = MirrorSpec(
+            job=disk.node,
+            source=disk.root,
+            replaces=disk.chain.active.node,
+            target=disk.node,
+            sync="full" if disk.method is SeedMethod.NONE else "top",
+            granularity=disk.chain.active.granularity,
+            copy_mode=self.intent.choices.copy_mode,
+            speed=self.intent.choices.speed,
         )
+        if loses_writes_at_start((await self._alive.look()).version):
+            running = await self._alive.status() == "running"
+            self._save(replace(self.intent, stopped=running))
+            pause = await start_standing(self._alive, spec, running=running)
+            self._report(disk).start_pause_s = pause
+            self._save(replace(self.intent, stopped=False))
+        else:
+            await self._alive.mirror(spec)
+
+    async def _continue(self) -> None:
+        """Continue a guest that was left stopped, once no mirror of ours is starting in it."""
+        if await self._alive.status() == "paused":
+            for disk in self._with_job(Job.RUNNING):
+                await scanned(self._alive, disk.node)
+            await self._alive.cont()
+        self._save(replace(self.intent, stopped=False))
 
     async def _await_ready(self) -> None:
         began = time.monotonic()

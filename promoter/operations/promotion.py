@@ -91,7 +91,10 @@ class Failure(StrEnum):
 
 @dataclass(frozen=True)
 class Promotion:
-    """The journalled intent. ``failure`` says why it is being put back, if it is."""
+    """The journalled intent. ``failure`` says why it is being put back, if it is.
+
+    ``stopped``: the guest's CPUs are stopped, by us; so we are to continue them.
+    """
 
     id: str
     guest: str
@@ -100,6 +103,7 @@ class Promotion:
     failure: Failure | None = None
     reason: str = ""
     tidied: bool = False
+    stopped: bool = False
 
     def with_disk(self, index: int, disk: DiskIntent) -> Promotion:
         return replace(self, disks=(*self.disks[:index], disk, *self.disks[index + 1 :]))
@@ -170,25 +174,26 @@ class Seen:
 class Do(IntEnum):
     """The actions, in the order in which a group of disks goes through them."""
 
-    FINISH_SWITCHOVER = 1
-    UNFREEZE = 2
-    PUT_NAME_BACK = 3
-    STUCK = 4
-    CANCEL = 5
-    DISMISS = 6
-    COMMIT_NAME = 7
-    DETACH = 8
-    DISCARD = 9
-    REPLAN = 10
-    SEED = 11
-    ATTACH = 12
-    MIRROR = 13
-    AWAIT_READY = 14
-    PREPARE = 15
-    SWITCH_OVER = 16
-    TIDY = 17
-    DONE = 18
-    GIVE_UP = 19
+    CONTINUE = 1
+    FINISH_SWITCHOVER = 2
+    UNFREEZE = 3
+    PUT_NAME_BACK = 4
+    STUCK = 5
+    CANCEL = 6
+    DISMISS = 7
+    COMMIT_NAME = 8
+    DETACH = 9
+    DISCARD = 10
+    REPLAN = 11
+    SEED = 12
+    ATTACH = 13
+    MIRROR = 14
+    AWAIT_READY = 15
+    PREPARE = 16
+    SWITCH_OVER = 17
+    TIDY = 18
+    DONE = 19
+    GIVE_UP = 20
 
 
 FINAL = frozenset({Do.STUCK, Do.DONE, Do.GIVE_UP})
@@ -208,6 +213,8 @@ class Action:
 
 def decide(intent: Promotion, seen: Seen) -> Action:
     """The next action that brings the promotion to its end, or safely back."""
+    if intent.stopped and seen.alive:
+        return Action(Do.CONTINUE)
     committed = any(disk.named is Named.NEW for disk in seen.disks)
     steps = [
         Action(do, index)

@@ -11,17 +11,16 @@ still writes to the old overlay then, so its path is the old overlay again.
 from __future__ import annotations
 
 import asyncio
-import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 
 from promoter.blockjob import DRAINED, BlockJob, JobStatus
 from promoter.errors import JobFailed, NoSpace, PromoterError
 from promoter.guests.base import CommandFailed, Guest
 from promoter.operations import guard
+from promoter.operations.guarding import Pulse, guarded
 from promoter.operations.promotion import DiskIntent
 
-DEADLINE = 1.0
 LONGEST_WAIT = 60.0
 
 
@@ -30,7 +29,8 @@ async def switch_over(guest: Guest, disks: Sequence[DiskIntent]) -> None:
 
     Raises `JobFailed` when disks were put back; `ConnectionLost` when the guest went away.
     """
-    async with _guarded(guest, disks) as alive:
+    switches = tuple(guard.Switch(disk.node, disk.names) for disk in disks)
+    async with guarded(guest, switches) as alive:
         try:
             async with asyncio.timeout(LONGEST_WAIT):
                 await _drain(guest, disks, alive)
@@ -76,7 +76,7 @@ async def commit(guest: Guest, disk: DiskIntent) -> None:
         raise JobFailed(f"{disk.name} could not be switched: {job.error}")
 
 
-async def _drain(guest: Guest, disks: Sequence[DiskIntent], alive: _Pulse) -> None:
+async def _drain(guest: Guest, disks: Sequence[DiskIntent], alive: Pulse) -> None:
     for disk in disks:
         try:
             await guest.complete(disk.node)
@@ -100,40 +100,6 @@ async def _put_back(guest: Guest, disks: Sequence[DiskIntent]) -> None:
         disk.names.revoke()
         with suppress(PromoterError):  # ended already, or the guest is gone
             await guest.cancel(disk.node)
-
-
-class _Pulse:
-    """promoter's end of the guard's pipe."""
-
-    def __init__(self, pipe: asyncio.StreamWriter) -> None:
-        self._pipe = pipe
-
-    def beat(self, _: BlockJob) -> None:
-        self._pipe.write(guard.ALIVE)
-
-
-@asynccontextmanager
-async def _guarded(guest: Guest, disks: Sequence[DiskIntent]) -> AsyncIterator[_Pulse]:
-    switches = tuple(guard.Switch(disk.node, disk.names) for disk in disks)
-    spec = guard.GuardSpec(guest.monitor_fd, DEADLINE, switches)
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", guard.__name__, guard.SPEC.dump_json(spec).decode()),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        pass_fds=[guest.monitor_fd],
-        start_new_session=True,
-    )
-    assert process.stdin and process.stdout
-    if await process.stdout.read(1) != guard.READY:
-        raise JobFailed("the switchover's guard did not start")
-    try:
-        yield _Pulse(process.stdin)
-    finally:
-        process.stdin.write(guard.LEAVE)
-        with suppress(ConnectionError):
-            await process.stdin.drain()
-        process.stdin.close()
-        await process.wait()
 
 
 def pause_seconds(guest: Guest, disk: DiskIntent) -> float | None:
