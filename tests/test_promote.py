@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Iterator
 from hashlib import sha256
@@ -101,6 +102,35 @@ def test_a_target_elsewhere_is_a_full_clone_and_the_old_path_is_gone(
     assert "backing file" in qemu_img("info", old)
     assert records.check(target, image_format, vm.log).findings == ()
     assert "backing file" not in qemu_img("info", target)
+
+
+@pytest.mark.parametrize(
+    ("words", "layout"),
+    [
+        (["--cluster-size", "2M"], {"cluster-size": 2 * MIB}),
+        (["--cluster-size", "4k"], {"cluster-size": 4096}),
+        (["--extended-l2"], {"extended-l2": True, "cluster-size": 65536}),
+        (["--preallocation", "metadata", "--seed", "none"], {"cluster-size": 65536}),
+        (["--preallocation", "full"], {"cluster-size": 65536}),
+    ],
+)
+def test_the_layout_of_the_new_disk_can_be_chosen(
+    tmp_path: Path, untouched_base: Path, words: list[str], layout: dict[str, object]
+) -> None:
+    clone = linked_clone(untouched_base, tmp_path / "clone.qcow2")
+    with VM(tmp_path, [Disk(clone)], writer={"rate": 0}) as vm:
+        vm.wait_for_acks(60)
+        promoted = promoter(tmp_path / "state", "promote", vm.monitor, *words, "--json")
+        assert promoted.code == 0, promoted.out
+        vm.wait_for_acks(20)
+        vm.shutdown()
+    prove_full_clone(clone, vm.log)
+    info = json.loads(qemu_img("info", "--output=json", clone))
+    found = info | info["format-specific"]["data"]
+    assert {key: found[key] for key in layout} == layout
+    if "--preallocation" in words:
+        assert clone.stat().st_size >= info["virtual-size"]
+        assert (info["actual-size"] >= info["virtual-size"]) is ("full" in words)
 
 
 def test_a_copied_seed_needs_no_conversion(tmp_path: Path, untouched_base: Path) -> None:

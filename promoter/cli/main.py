@@ -13,7 +13,7 @@ from promoter.cli import run
 from promoter.cli.output import choose
 from promoter.operations.journal import Journal, state_directory
 from promoter.operations.promotion import Choices, CopyMode
-from promoter.storage.seed import SeedMethod
+from promoter.storage.seed import LEAST_EXTENDED, Preallocation, SeedMethod
 
 app = typer.Typer(
     help="Change the disks of virtual machines while they run.",
@@ -26,6 +26,8 @@ app.add_typer(job_app, name="job")
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 FASTEST = 2**62  # QEMU counts in 64 bits
+SIZE = re.compile(r"([0-9]{1,7})([KM]?)(?:i?B)?", re.IGNORECASE)
+CLUSTER_SIZES = frozenset(2**power for power in range(9, 22))
 SPEED = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMGT]?)(?:i?B)?(?:/s)?", re.IGNORECASE)
 
 
@@ -44,6 +46,31 @@ class Format(StrEnum):
 
     QCOW2 = "qcow2"
     RAW = "raw"
+
+
+def parse_cluster_size(text: str) -> int:
+    """Bytes from ``64k`` or ``2M``."""
+    found = SIZE.fullmatch(text.strip())
+    size = int(found[1]) * UNITS[found[2].upper()] if found else 0
+    if size not in CLUSTER_SIZES:
+        raise typer.BadParameter(
+            f"{text!r} is not a cluster size: a power of two from 512 to 2M",
+            param_hint="--cluster-size",
+        )
+    return size
+
+
+def _check_layout(
+    image_format: Format,
+    cluster_size: str | None,
+    extended_l2: bool | None,
+    preallocation: Preallocation,
+) -> None:
+    if image_format is Format.RAW:
+        if cluster_size or extended_l2 or preallocation is Preallocation.METADATA:
+            raise typer.BadParameter("a raw image has no clusters and no metadata")
+    elif extended_l2 and cluster_size and parse_cluster_size(cluster_size) < LEAST_EXTENDED:
+        raise typer.BadParameter("--extended-l2 needs a --cluster-size of 16k or more")
 
 
 def parse_speed(text: str) -> int:
@@ -108,6 +135,21 @@ def promote(
     image_format: Annotated[
         Format, typer.Option("--format", help="The new disk's format.")
     ] = Format.QCOW2,
+    cluster_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Of the new qcow2: 512 to 2M; default: as it is."),
+    ] = None,
+    extended_l2: Annotated[
+        bool | None,
+        typer.Option(
+            "--extended-l2/--no-extended-l2",
+            help="Subclusters in the new qcow2; default: as it is.",
+            show_default=False,
+        ),
+    ] = None,
+    preallocation: Annotated[
+        Preallocation, typer.Option(help="What of the new disk to allocate at once.")
+    ] = Preallocation.OFF,
     seed: Annotated[
         Seed, typer.Option(help="How the base is copied; none: all by the mirror.")
     ] = Seed.AUTO,
@@ -129,11 +171,15 @@ def promote(
     """
     if target and target_dir:
         raise typer.BadParameter("--target and --target-dir exclude each other")
+    _check_layout(image_format, cluster_size, extended_l2, preallocation)
     choices = Choices(
         disks=tuple(disks or ()),
         target=target,
         target_dir=target_dir,
         format=image_format.value,
+        cluster_size=parse_cluster_size(cluster_size) if cluster_size else None,
+        extended_l2=extended_l2,
+        preallocation=preallocation,
         seed=None if seed is Seed.AUTO else SeedMethod(seed.value),
         speed=parse_speed(speed),
         copy_mode=copy_mode,

@@ -22,8 +22,16 @@ from promoter.operations.start import loses_writes_at_start
 from promoter.storage import images
 from promoter.storage.files import file_id, free_bytes, open_files, stamp
 from promoter.storage.names import Names
-from promoter.storage.seed import Geometry, SeedMethod, can_reflink, copies_only_data
+from promoter.storage.seed import (
+    LEAST_EXTENDED,
+    Geometry,
+    Preallocation,
+    SeedMethod,
+    can_reflink,
+    copies_only_data,
+)
 
+DEFAULT_CLUSTER = 64 * 1024
 PROMOTABLE = frozenset({"running", "paused", "prelaunch", "suspended"})
 
 
@@ -78,9 +86,11 @@ async def plan_disk(
     names = _names(disk, choices, identity)
     geometry = _geometry(disk.chain, choices, names)
     below = disk.chain.below
-    method, geometry = await asyncio.to_thread(_method, below, choices.seed, geometry, names.target)
+    method, geometry = await asyncio.to_thread(_method, below, choices, geometry, names.target)
     shared = below[0].allocated if method is SeedMethod.REFLINK else 0
     full = await images.measure(disk.chain.images, geometry.format, geometry.options)
+    if geometry.preallocation in (Preallocation.FALLOC, Preallocation.FULL):
+        full = max(full, disk.chain.active.virtual_size)
     return DiskIntent(
         node=f"promoter-{identity}-{index}",
         index=index,
@@ -249,18 +259,21 @@ def _check_directory(directory: Path) -> None:
 
 
 def _geometry(chain: BackingChain, choices: Choices, names: Names) -> Geometry:
-    wanted = choices.format or "qcow2"
-    if names.in_place and wanted != "qcow2":
+    if names.in_place and choices.format != "qcow2":
         raise Refused(
-            f"a {wanted} image cannot take the place of {names.path}",
+            f"a {choices.format} image cannot take the place of {names.path}",
             "The guest's command line opens that path as qcow2. Give a --target.",
         )
     active = chain.active
-    return Geometry(wanted, active.cluster_size or 64 * 1024, active.extended_l2)
+    extended = active.extended_l2 if choices.extended_l2 is None else choices.extended_l2
+    cluster = choices.cluster_size or active.cluster_size or DEFAULT_CLUSTER
+    if extended and not choices.cluster_size:
+        cluster = max(cluster, LEAST_EXTENDED)
+    return Geometry(choices.format, cluster, extended, choices.preallocation)
 
 
 def _method(
-    below: tuple[Image, ...], asked: SeedMethod | None, geometry: Geometry, target: Path
+    below: tuple[Image, ...], choices: Choices, geometry: Geometry, target: Path
 ) -> tuple[SeedMethod, Geometry]:
     """How to seed, and the geometry that comes of it: a copied file keeps its own."""
     base = below[0]
@@ -269,9 +282,9 @@ def _method(
         cluster_size=base.cluster_size or geometry.cluster_size,
         extended_l2=base.extended_l2,
     )
-    copyable = copies_only_data(below, geometry)
+    copyable = copies_only_data(below, geometry) and _fits(copied, choices)
     reflinks = copyable and can_reflink(_file(base), target.parent)
-    match asked:
+    match choices.seed:
         case SeedMethod.REFLINK if not reflinks:
             raise Refused(
                 f"{base.file} cannot be reflinked to {target.parent}",
@@ -279,17 +292,26 @@ def _method(
             )
         case SeedMethod.COPY if not copyable:
             raise Refused(
-                f"a copy of {base.file} would not hold just the guest's data",
-                "Use --seed convert or --seed auto.",
+                f"a copy of {base.file} would not be the image that is wanted",
+                "It would not hold just the guest's data, or have another layout. Use --seed auto.",
             )
-        case SeedMethod.REFLINK | SeedMethod.COPY:
+        case SeedMethod.REFLINK | SeedMethod.COPY as asked:
             return asked, copied
         case None if reflinks:
             return SeedMethod.REFLINK, copied
         case None:
             return SeedMethod.CONVERT, geometry
-        case _:
+        case asked:
             return asked, geometry
+
+
+def _fits(copied: Geometry, choices: Choices) -> bool:
+    """Has a copy the layout that was asked for, if one was?"""
+    return (
+        choices.cluster_size in (None, copied.cluster_size)
+        and choices.extended_l2 in (None, copied.extended_l2)
+        and choices.preallocation is Preallocation.OFF
+    )
 
 
 def _check_targets(intents: list[DiskIntent]) -> None:

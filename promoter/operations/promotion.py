@@ -23,7 +23,7 @@ from pathlib import Path
 
 from promoter.chain import BackingChain, DiskOptions, FileStamp
 from promoter.storage.names import Named, Names
-from promoter.storage.seed import Geometry, SeedMethod
+from promoter.storage.seed import Geometry, Preallocation, SeedMethod
 
 
 class CopyMode(StrEnum):
@@ -35,14 +35,22 @@ class CopyMode(StrEnum):
 
 @dataclass(frozen=True)
 class Choices:
-    """What the operator asked for. ``speed`` is in bytes per second, 0 for no limit."""
+    """What the operator asked for; None where promoter is to choose.
+
+    ``speed`` is in bytes per second, 0 for no limit; ``cluster_size`` in bytes;
+    ``parallel`` is the most disks to seed at once.
+    """
 
     disks: tuple[str, ...] = ()
     target: Path | None = None
     target_dir: Path | None = None
-    format: str | None = None
+    format: str = "qcow2"
+    cluster_size: int | None = None
+    extended_l2: bool | None = None
+    preallocation: Preallocation = Preallocation.OFF
     seed: SeedMethod | None = None
     speed: int = 0
+    parallel: int | None = None
     copy_mode: CopyMode = CopyMode.WRITE_BLOCKING
 
 

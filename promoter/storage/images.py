@@ -35,7 +35,7 @@ async def info(image: Image) -> dict[str, Any]:
 
 async def measure(images: tuple[Image, ...], image_format: str, options: str) -> int:
     """Bytes a full copy of the chain would allocate (``qemu-img measure``)."""
-    arguments = ["-U", "--output=json", "-O", image_format, *_creation(options)]
+    arguments = ["-U", "--output=json", "-O", image_format, "-o", options]
     required: int = json.loads(await _qemu_img("measure", *arguments, image_spec(images)))[
         "required"
     ]
@@ -44,12 +44,18 @@ async def measure(images: tuple[Image, ...], image_format: str, options: str) ->
 
 async def create(path: Path, image_format: str, options: str, virtual_size: int) -> None:
     """Make an empty image of ``virtual_size`` bytes."""
-    await _qemu_img("create", "-f", image_format, *_creation(options), str(path), str(virtual_size))
+    await _qemu_img("create", "-f", image_format, "-o", options, str(path), str(virtual_size))
 
 
-async def resize(path: Path, image_format: str, virtual_size: int) -> None:
-    """Grow or shrink an image nobody has open to ``virtual_size`` bytes."""
-    await _qemu_img("resize", "-f", image_format, "--shrink", str(path), str(virtual_size))
+async def resize(path: Path, image_format: str, virtual_size: int, preallocation: str) -> None:
+    """Grow or shrink an image nobody has open to ``virtual_size`` bytes.
+
+    qemu-img takes a preallocation other than "off" only for an image that grows.
+    """
+    await _qemu_img(
+        *("resize", "-f", image_format, "--shrink", "--preallocation", preallocation),
+        *(str(path), str(virtual_size)),
+    )
 
 
 async def convert(
@@ -71,7 +77,7 @@ async def convert(
     await _qemu_img(
         *("convert", "-p", "-W", "-m", "16", "-t", cache, "-T", cache),
         *(("-r", str(speed)) if speed else ()),
-        *("-O", image_format, *_creation(options), image_spec(images), str(path)),
+        *("-O", image_format, "-o", options, image_spec(images), str(path)),
         report=lambda percent: report(int(total * percent / 100), total),
     )
 
@@ -90,10 +96,6 @@ def backing_name(path: Path) -> str | None:
             return None
         file.seek(offset)
         return file.read(size).decode(errors="surrogateescape")
-
-
-def _creation(options: str) -> tuple[str, ...]:
-    return ("-o", options) if options else ()
 
 
 async def _qemu_img(*arguments: str, report: Callable[[float], None] | None = None) -> str:

@@ -30,6 +30,8 @@ from promoter.storage.images import Report
 
 FICLONE = 0x40049409
 CHUNK = 8 * 1024 * 1024
+LEAST_EXTENDED = 16 * 1024
+"""The smallest cluster that can have subclusters, in bytes."""
 
 
 class SeedMethod(StrEnum):
@@ -41,21 +43,33 @@ class SeedMethod(StrEnum):
     NONE = "none"
 
 
+class Preallocation(StrEnum):
+    """What of a new image is allocated at once (QAPI ``PreallocMode``)."""
+
+    OFF = "off"
+    METADATA = "metadata"
+    FALLOC = "falloc"
+    FULL = "full"
+
+
 @dataclass(frozen=True)
 class Geometry:
-    """The shape of an image: format and cluster layout (sizes in bytes)."""
+    """The shape of an image: format, cluster layout (sizes in bytes), preallocation."""
 
     format: str
     cluster_size: int = 64 * 1024
     extended_l2: bool = False
+    preallocation: Preallocation = Preallocation.OFF
 
     @property
     def options(self) -> str:
         """What ``qemu-img -o`` is given to make such an image."""
-        if self.format != "qcow2":
-            return ""
-        extended = "on" if self.extended_l2 else "off"
-        return f"compat=1.1,cluster_size={self.cluster_size},extended_l2={extended}"
+        options = [f"preallocation={self.preallocation}"]
+        if self.format == "qcow2":
+            extended = "on" if self.extended_l2 else "off"
+            options += ["compat=1.1", f"cluster_size={self.cluster_size}"]
+            options += [f"extended_l2={extended}"]
+        return ",".join(options)
 
 
 @dataclass(frozen=True)
@@ -111,7 +125,7 @@ async def make_seed(spec: SeedSpec, report: Report) -> FileStamp:
     await discard(spec.part)
     try:
         await _fill(spec, report)
-        await images.resize(spec.part, spec.geometry.format, spec.virtual_size)
+        await _resize(spec)
         await asyncio.to_thread(_finish, spec)
     except OSError as error:
         await discard(spec.part)
@@ -124,6 +138,13 @@ async def make_seed(spec: SeedSpec, report: Report) -> FileStamp:
     made = stamp(spec.part)
     assert made
     return made
+
+
+async def _resize(spec: SeedSpec) -> None:
+    geometry, size = spec.geometry, spec.virtual_size
+    grows = spec.method is not SeedMethod.NONE and size > spec.layers[0].virtual_size
+    preallocation = geometry.preallocation if grows else Preallocation.OFF
+    await images.resize(spec.part, geometry.format, size, preallocation)
 
 
 async def discard(part: Path) -> None:
