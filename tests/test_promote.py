@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Iterator
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -53,10 +54,18 @@ def file_names(vm: VM) -> set[str]:
     return {str(node["file"]) for node in vm.qmp("query-named-block-nodes", flat=True)}
 
 
-@pytest.mark.parametrize("style", Style)
-@pytest.mark.parametrize("depth", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("qemu", "depth", "style"),
+    [
+        *product(["system"], [1, 2, 5], Style),
+        ("newer", 1, Style.INLINE),
+        ("newer", 2, Style.DRIVE),
+        ("newer", 5, Style.NODES),
+    ],
+    indirect=["qemu"],
+)
 def test_a_writing_clone_of_any_depth_becomes_a_full_clone_in_place(
-    tmp_path: Path, untouched_base: Path, depth: int, style: Style
+    tmp_path: Path, untouched_base: Path, qemu: str, depth: int, style: Style
 ) -> None:
     layers = chain(tmp_path, depth)
     sibling = linked_clone(untouched_base, tmp_path / "sibling.qcow2")
@@ -174,6 +183,7 @@ def test_a_seed_is_reflinked_where_the_file_system_can(xfs: Path) -> None:
     assert digest(own_base) == before
 
 
+@pytest.mark.usefixtures("qemu")
 def test_the_disks_of_a_guest_switch_together(tmp_path: Path, untouched_base: Path) -> None:
     clone = linked_clone(untouched_base, tmp_path / "clone.qcow2")
     below = blank(tmp_path / "data-base.qcow2", 96 * MIB)
@@ -192,6 +202,7 @@ def test_the_disks_of_a_guest_switch_together(tmp_path: Path, untouched_base: Pa
     assert "backing file" not in qemu_img("info", clone)
 
 
+@pytest.mark.usefixtures("qemu")
 def test_after_it_a_snapshot_by_name_and_one_onto_a_node_lose_nothing(
     tmp_path: Path, untouched_base: Path
 ) -> None:

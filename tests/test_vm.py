@@ -6,6 +6,7 @@ import pytest
 
 from tests import records
 from tests.vm import (
+    NEWER_QEMU,
     VM,
     Bus,
     Disk,
@@ -37,6 +38,16 @@ def test_a_guest_boots_writes_and_powers_off_at_the_button(
     report = records.check(disk.path, None, vm.log)
     report.raise_if_bad()
     assert report.records == acknowledged >= 30
+
+
+def test_guest_and_tools_are_of_the_chosen_qemu(tmp_path: Path, qemu: str) -> None:
+    with VM(tmp_path, [Disk(linked_clone(base(), tmp_path / "clone.qcow2"))]) as vm:
+        vm.wait_for_acks(1)
+        version = vm.qmp("query-version")["package"]
+        started = Path(f"/proc/{vm.pid}/cmdline").read_text().split("\0")
+    assert version in qemu_img("--version")
+    assert "-blockdev" in started
+    assert any(str(NEWER_QEMU) in word for word in started) == (qemu == "newer")
 
 
 def test_a_killed_guest_goes_on_by_its_own_command_line(tmp_path: Path) -> None:

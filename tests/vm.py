@@ -4,7 +4,7 @@ A `VM` has one command line for its life.  `kill` pulls its plug, `start` boots 
 the same command line, as an operator's supervisor does, and the logs go on where they were.
 No QEMU outlives the process (thread, to be exact) that started it, nor the `with` block.
 
-    PROMOTER_TEST_QEMU   the QEMU to run, default qemu-system-x86_64
+    PROMOTER_TEST_QEMU   the QEMU to run, default qemu-system-x86_64 of PATH
     PROMOTER_TEST_ACCEL  tcg or kvm, default: kvm if a guest boots with it, else tcg
     PROMOTER_TEST_GUEST  cirros for the guest made of CirrOS, which boots by itself
 """
@@ -28,7 +28,9 @@ from typing import Any, Self
 
 from tests.records import Ack, read_acks
 
-BUILD = Path(__file__).parent.parent / "vm-images" / "build.py"
+ROOT = Path(__file__).parent.parent
+BUILD = ROOT / "vm-images" / "build.py"
+NEWER_QEMU = ROOT / ".qemu"  # of ci/qemu
 MIB = 1 << 20
 SPARE_OFFSET = 176 * MIB  # of `base`: behind the partitions, 16 MiB that the guest never touches
 BOOT_TIMEOUT_S = 60.0
@@ -138,6 +140,20 @@ def chain(directory: Path, depth: int, root: Path | None = None) -> list[Path]:
         pattern = f"write -q -P {number} {SPARE_OFFSET + number % 16 * MIB} 1M"
         subprocess.run(["qemu-io", "-c", pattern, str(layers[-1])], check=True)
     return layers
+
+
+# --- which QEMU -----------------------------------------------------------------------------
+
+
+def newer_qemu() -> Path | None:
+    """The directory of the QEMU of ci/qemu and its tools, to be first in PATH."""
+    found = NEWER_QEMU / "bin"
+    return found if found.is_dir() else None
+
+
+def why_no_newer_qemu() -> str:
+    said = NEWER_QEMU / "why-not"
+    return said.read_text().strip() if said.exists() else "ci/setup was not run"
 
 
 # --- the accelerator -----------------------------------------------------------------------
