@@ -1,8 +1,8 @@
 """promoter, struck at one point: ``python -m tests.struck POINT WHOM PID promote …``.
 
 POINT is a step of the journal ("before mirror") or a place inside the commit point; WHOM is
-killed there: promoter, qemu (PID), both, or "hang": promoter is stopped, not killed. Only
-here does anything reach into promoter; the guard is a process of its own and is not touched.
+killed there: promoter, qemu (PID), both, "promoter and guard", or "hang": promoter is stopped,
+not killed. Only here does anything reach into promoter.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from promoter.cli.main import app
@@ -46,7 +47,11 @@ POINTS = (*(f"before {do.name}" for do in STEPS), *INSIDE, "after TIDY")
 def strike(whom: str, pid: int) -> None:
     if whom in ("qemu", "both"):
         os.kill(pid, signal.SIGKILL)
-    if whom in ("promoter", "both"):
+    if whom == "promoter and guard":
+        for child in Path("/proc/self/task").glob("*/children"):
+            for guard in child.read_text().split():
+                os.kill(int(guard), signal.SIGKILL)
+    if whom in ("promoter", "both", "promoter and guard"):
         os.kill(os.getpid(), signal.SIGKILL)
     if whom == "hang":
         os.kill(os.getpid(), signal.SIGSTOP)

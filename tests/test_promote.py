@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import subprocess
 from collections.abc import Iterator
 from hashlib import sha256
@@ -11,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from promoter.guests.bugs import loses_writes_at_start, unmaps_wrongly
 from tests import records
 from tests.cli import Ran, ended, promoter, start
 from tests.vm import (
     MIB,
+    SPARE_OFFSET,
     VM,
     Disk,
     QMPError,
@@ -183,6 +188,170 @@ def test_a_seed_is_reflinked_where_the_file_system_can(xfs: Path) -> None:
     assert digest(own_base) == before
 
 
+def test_a_clone_of_a_clone_shares_the_lowest_layer_and_gets_the_others(xfs: Path) -> None:
+    root = xfs / "root.qcow2"
+    root.write_bytes(base().read_bytes())
+    layers = chain(xfs, 3, root)
+    before = {layer: digest(layer) for layer in layers[:-1]}
+    with VM(xfs, [Disk(layers[-1])], writer={"rate": 0}) as vm:
+        vm.wait_for_acks(60)
+        promoted = promoter(xfs / "state", "promote", vm.monitor, "--json")
+        assert promoted.code == 0, promoted.out
+        assert promoted.result["disks"][0]["seed"] == "reflink"
+        vm.wait_for_acks(60)
+        vm.shutdown()
+    prove_full_clone(layers[-1], vm.log)
+    patterns = (f"read -q -P {n} {SPARE_OFFSET + n * MIB} 1M" for n in (1, 2, 3))
+    commands = (word for pattern in patterns for word in ("-c", pattern))
+    subprocess.run(["qemu-io", "-r", *commands, str(layers[-1])], check=True)
+    assert {layer: digest(layer) for layer in before} == before
+    assert not list(xfs.glob("*.delta"))
+
+
+@pytest.mark.parametrize("seed", ["convert", "copy", "none"])
+def test_a_running_promotion_takes_another_speed(
+    tmp_path: Path, untouched_base: Path, seed: str
+) -> None:
+    state = tmp_path / "state"
+    clone = linked_clone(untouched_base, tmp_path / "clone.qcow2")
+    with VM(tmp_path, [Disk(clone)]) as vm:
+        vm.wait_for_acks(20)
+        words = ("promote", vm.monitor, "--seed", seed, "--speed", "100k", "--json")
+        process = start(state, *words)
+        out = process.stdout
+        assert out
+        phase = "mirror" if seed == "none" else "seed"
+        wait_for(lambda: f'"phase": "{phase}"' in out.readline(), phase, 20)
+        identity = only_job(state)["id"]
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(3)
+        assert promoter(state, "job", "speed", identity, "1X").code == 2
+        changed = promoter(state, "job", "speed", identity, "0", "--json")
+        assert changed.code == 0, changed
+        assert changed.result["speed"] == 0
+        ran = ended(process, timeout=30)
+        assert ran.code == 0, ran
+        late = promoter(state, "job", "speed", identity, "1M")
+        assert late.code == 4
+        assert "not running" in late.err
+        vm.wait_for_acks(20)
+        vm.shutdown()
+    prove_full_clone(clone, vm.log)
+
+
+@pytest.mark.parametrize("qemu", ["newer"], indirect=True)
+@pytest.mark.parametrize("copy_mode", ["write-blocking", "background"])
+def test_a_qemu_that_loses_writes_at_a_mirrors_start_loses_none(
+    tmp_path: Path, untouched_base: Path, qemu: str, copy_mode: str
+) -> None:
+    clone = linked_clone(untouched_base, tmp_path / "clone.qcow2")
+    below = blank(tmp_path / "data-base.qcow2", 240 * MIB)
+    data = linked_clone(below, tmp_path / "data.qcow2", cluster_size="4k")
+    scattered = "".join(f"write -q -P 0 {n * 8192} 4k\n" for n in range(20000))
+    command = ["qemu-io", str(data)]
+    subprocess.run(command, input=scattered, text=True, stdout=subprocess.DEVNULL, check=True)
+    disks = [Disk(clone), Disk(data)]
+    with VM(tmp_path, disks, writer={"rate": 0, "lanes": 8, "dev": "/dev/vdb"}) as vm:
+        vm.wait_for_acks(100)
+        words = ("vd1", "--copy-mode", copy_mode, "--json")
+        promoted = promoter(tmp_path / "state", "promote", vm.monitor, *words)
+        assert promoted.code == 0, promoted.out
+        assert vm.qmp("query-status")["status"] == "running"
+        affected = loses_writes_at_start(version(vm))
+        pause = promoted.result["disks"][0]["start_pause_s"]
+        assert (pause is not None and 0 < pause < 10) is affected
+        vm.wait_for_acks(100)
+        vm.shutdown()
+    prove_full_clone(data, vm.log)
+
+
+def version(vm: VM) -> tuple[int, int, int]:
+    found = vm.qmp("query-version")["qemu"]
+    return found["major"], found["minor"], found["micro"]
+
+
+def test_discards_that_were_dropped_are_counted(tmp_path: Path, untouched_base: Path) -> None:
+    clone = linked_clone(untouched_base, tmp_path / "clone.qcow2")
+    disk = Disk(clone, options="discard=unmap,detect-zeroes=unmap")
+    with VM(tmp_path, [disk], writer={"trim": 1, "rate": 0}) as vm:
+        vm.wait_for_acks(60)
+        words = ("--seed", "none", "--speed", "10M")
+        promoted = promoter(tmp_path / "state", "promote", vm.monitor, *words)
+        assert promoted.code == 0, promoted
+        assert re.search(r"discards +[1-9]\d* were dropped.*fstrim", promoted.out), promoted.out
+        unsafe = unmaps_wrongly(version(vm))
+        assert ("detect-zeroes=on until" in promoted.out) is unsafe
+        (entry,) = vm.qmp("query-block")
+        assert entry["inserted"]["detect_zeroes"] == ("on" if unsafe else "unmap")
+        vm.wait_for_acks(60)
+        vm.shutdown()
+    prove_full_clone(clone, vm.log)
+
+
+def two_disks(directory: Path, data_directory: Path) -> list[Path]:
+    """A root disk, and a data disk that the writer has for itself; both linked clones."""
+    below = blank(data_directory / "data-base.qcow2", 96 * MIB)
+    root = linked_clone(base(), directory / "clone.qcow2")
+    return [root, linked_clone(below, data_directory / "data.qcow2")]
+
+
+DATA_WRITER: dict[str, object] = {"rate": 0, "dev": "/dev/vdb"}
+
+
+def test_when_one_target_fails_before_the_commit_both_disks_stay(
+    tmp_path: Path, untouched_base: Path
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", small], check=True)
+    try:
+        state, paths = tmp_path / "state", two_disks(tmp_path, small)
+        with VM(tmp_path, [Disk(path) for path in paths], writer={"dev": "/dev/vdb"}) as vm:
+            vm.wait_for_acks(20)
+            struck = ("before SWITCH_OVER", "hang", vm.pid, "promote", vm.monitor, "--json")
+            process = start(state, *struck, module="tests.struck")
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+            jobs = vm.qmp("query-jobs")
+            assert [job["status"] for job in jobs] == ["ready", "ready"]
+            vm.qmp("block-job-cancel", device=jobs[1]["id"], force=True)
+            os.kill(process.pid, signal.SIGCONT)
+            ran = ended(process)
+            assert ran.code == 6, ran.out
+            assert vm.qmp("query-jobs") == []
+            vm.wait_for_acks(20)
+            vm.shutdown()
+            for path in paths:
+                assert "backing file" in qemu_img("info", path)
+            records.check(paths[1], "qcow2", vm.log).raise_if_bad()
+            assert not list(tmp_path.rglob("*.qcow2.*"))
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+@pytest.mark.parametrize("point", ["renamed", "finalized"])
+@pytest.mark.parametrize("whom", ["promoter", "promoter and guard", "both"])
+def test_a_kill_between_the_commits_of_two_disks_leaves_both_promoted(
+    tmp_path: Path, untouched_base: Path, point: str, whom: str
+) -> None:
+    state, paths = tmp_path / "state", two_disks(tmp_path, tmp_path)
+    with VM(tmp_path, [Disk(path) for path in paths], writer=DATA_WRITER) as vm:
+        vm.wait_for_acks(60)
+        struck = (point, whom, vm.pid, "promote", vm.monitor, "--json")
+        assert ended(start(state, *struck, module="tests.struck")).code == -signal.SIGKILL
+        if whom == "promoter and guard":
+            assert "pending" in [job["status"] for job in vm.qmp("query-jobs")]
+        resumed = promoter(state, "job", "resume", "--json")
+        assert resumed.code == 0, resumed.out
+        assert [disk["disk"] for disk in resumed.result["disks"]] == ["vd0", "vd1"]
+        if whom == "both":
+            vm.wait()
+            vm.start()
+        vm.wait_for_acks(20)
+        vm.shutdown()
+    prove_full_clone(paths[1], vm.log)
+    assert "backing file" not in qemu_img("info", paths[0])
+
+
 @pytest.mark.usefixtures("qemu")
 def test_the_disks_of_a_guest_switch_together(tmp_path: Path, untouched_base: Path) -> None:
     clone = linked_clone(untouched_base, tmp_path / "clone.qcow2")
@@ -260,6 +429,11 @@ def test_the_second_name_goes_when_its_qemu_is_gone(tmp_path: Path, untouched_ba
     prove_full_clone(clone, vm.log)
 
 
+def only_job(state: Path) -> dict[str, str]:
+    (job,) = promoter(state, "job", "list", "--json").lines
+    return job
+
+
 class Interference:
     """A slow promotion whose seed leaves others the time to interfere."""
 
@@ -274,6 +448,8 @@ class Interference:
         return process
 
     def end(self, process: subprocess.Popen[str]) -> Ran:
+        faster = promoter(self.state, "job", "speed", only_job(self.state)["id"], "0")
+        assert faster.code == 0, faster
         ran = ended(process, timeout=120)
         self.vm.wait_for_acks(40)
         return ran

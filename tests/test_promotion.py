@@ -30,6 +30,7 @@ from promoter.operations.promotion import (
     Seen,
     Target,
     decide,
+    next_of_each,
 )
 from promoter.storage.names import Named, Names
 from promoter.storage.seed import Geometry, SeedMethod
@@ -108,13 +109,19 @@ def check_decision(intent: Promotion, seen: Seen) -> None:
             assert disk.active is not Active.NEW
             assert (disk.job, disk.named) == (Job.NONE, Named.OLD)
             assert action.do is Do.DETACH or not disk.attached
-        case Do.SEED | Do.ATTACH | Do.MIRROR | Do.REPLAN:
+        case Do.SEED:
+            seeded = [disks[i] for i, do in next_of_each(intent, seen).items() if do is Do.SEED]
+            assert seeded
+            assert not intent.failure
+            assert all(d.job is Job.NONE and d.unchanged and not d.attached for d in seeded)
+            assert all(d.target is Target.ABSENT for d in seeded)
+        case Do.ATTACH | Do.MIRROR | Do.REPLAN:
             assert disk
             assert not intent.failure
             assert disk.job is Job.NONE
             assert disk.unchanged or action.do is Do.REPLAN
             assert disk.attached is (action.do is Do.MIRROR)
-            assert (disk.target is Target.ABSENT) is (action.do in (Do.SEED, Do.REPLAN))
+            assert (disk.target is Target.ABSENT) is (action.do is Do.REPLAN)
         case Do.SWITCH_OVER:
             assert not intent.failure
             rest = [d for d in disks if not d.switched]

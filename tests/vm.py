@@ -262,7 +262,8 @@ class VM:
 
     In a `with` block it runs from the beginning; leaving the block kills it.  `writer` are
     the writer's parameters: seed, lanes, rate (records per second and lane, 0 without
-    limit), dev (in the guest, default the second partition of the first disk).
+    limit), dev (in the guest, default the second partition of the first disk), trim (discard
+    what the root file system does not use, every second).
     `monitor` is the socket that is promoter's; `qmp` uses another one.
     """
 

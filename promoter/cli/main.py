@@ -73,14 +73,14 @@ def _check_layout(
         raise typer.BadParameter("--extended-l2 needs a --cluster-size of 16k or more")
 
 
-def parse_speed(text: str) -> int:
+def parse_speed(text: str, where: str = "--speed") -> int:
     """Bytes per second from ``100M``, ``1.5GiB/s`` or ``0`` (no limit)."""
     found = SPEED.fullmatch(text.strip())
     speed = int(float(found[1]) * UNITS[found[2].upper()]) if found else FASTEST + 1
     if speed > FASTEST:
         raise typer.BadParameter(
             f"{text!r} is not a rate. Examples: 50M, 1.5GiB/s, 0 for no limit",
-            param_hint="--speed",
+            param_hint=where,
         )
     return speed
 
@@ -159,6 +159,10 @@ def promote(
     speed: Annotated[
         str, typer.Option(metavar="RATE", help="Limit in bytes a second: 50M, 1GiB/s.")
     ] = "0",
+    parallel: Annotated[
+        int | None,
+        typer.Option(min=1, help="Disks to seed at once; default: one on each file system."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan only.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -183,6 +187,7 @@ def promote(
         seed=None if seed is Seed.AUTO else SeedMethod(seed.value),
         speed=parse_speed(speed),
         copy_mode=copy_mode,
+        parallel=parallel,
     )
     output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
     run.finish(run.promote(guest, choices, state, output, dry_run=dry_run), output)
@@ -210,6 +215,18 @@ def show_job(identity: Identity, state: State, as_json: Json = False) -> None:
         output.operation_steps(entry, journal.steps(entry.id))
 
     run.finish(work(), output)
+
+
+@job_app.command("speed")
+def change_speed(
+    identity: Identity,
+    rate: Annotated[str, typer.Argument(metavar="RATE", help="50M, 1GiB/s; 0: no limit.")],
+    state: State,
+    as_json: Json = False,
+) -> None:
+    """Limit a running operation to another speed: each disk's seed, then its mirror."""
+    output = choose(as_json=as_json, quiet=False, verbose=False)
+    run.finish(run.change_speed(identity, parse_speed(rate, "RATE"), state, output), output)
 
 
 @job_app.command("resume")

@@ -49,6 +49,8 @@ class Output(Protocol):
 
     def operation_steps(self, entry: Entry, steps: Sequence[Step]) -> None: ...
 
+    def speed(self, operation: str, speed: int) -> None: ...
+
     def plan(self, plan: Plan, *, dry_run: bool) -> None: ...
 
     def step(self, operation: str, action: str) -> None: ...
@@ -80,6 +82,9 @@ class JsonOutput:
         self.operations([entry])
         for step in steps:
             self._say("step", id=entry.id, **asdict(step))
+
+    def speed(self, operation: str, speed: int) -> None:
+        self._say("result", operation="speed", id=operation, speed=speed, exit_code=0)
 
     def plan(self, plan: Plan, *, dry_run: bool) -> None:
         self._say("plan", operation="promote", **plan_fields(plan))
@@ -144,6 +149,10 @@ class PlainOutput:
         if entry.status is OperationStatus.INTERRUPTED:
             self.console.print(f"Continue: promoter job resume {entry.id}")
 
+    def speed(self, operation: str, speed: int) -> None:
+        limit = f"{human_bytes(speed)}/s" if speed else "none"
+        self.console.print(f"{operation}: limit for each disk is now {limit}")
+
     def plan(self, plan: Plan, *, dry_run: bool) -> None:
         for name in plan.nothing_to_do:
             self.console.print(f"{escape(name)}: nothing to do, it has no backing file")
@@ -194,6 +203,9 @@ class PlainOutput:
         if report.start_pause_s is not None:
             pause = f"{human_seconds(report.start_pause_s)}, for a bug of this QEMU"
             rows.insert(2, ("stopped for the mirror's start", pause))
+        if report.dropped_discards:
+            advice = f"{report.dropped_discards} were dropped meanwhile: run fstrim in the guest"
+            rows.append(("discards", advice))
         if report.spare:
             rows.append(("second name", f"{escape(str(report.spare))}, until this QEMU ends"))
         for name, text in rows:

@@ -19,6 +19,7 @@ from promoter.cli.output import Output
 from promoter.errors import Cancelled, PromoterError, Refused
 from promoter.guests.base import Guest
 from promoter.guests.qmp import QmpGuest
+from promoter.operations import control
 from promoter.operations.journal import Journal, OperationStatus, new_id
 from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import plan
@@ -80,6 +81,18 @@ async def promote(
     output.result(_result(promotion.id, name, "done"), reports)
 
 
+async def change_speed(identity: str, speed: int, state: Path, output: Output) -> None:
+    """Give a running operation another limit."""
+    entry = Journal(state).entry(identity)
+    if entry.status is not OperationStatus.RUNNING:
+        raise Refused(
+            f"operation {entry.id} is not running: it is {entry.status}",
+            "See which are: promoter job list",
+        )
+    await control.change_speed(state, entry.id, speed)
+    output.speed(entry.id, speed)
+
+
 async def resume(identity: str | None, state: Path, output: Output) -> None:
     """Finish what was interrupted, or put it back: one operation, or all of them.
 
@@ -128,7 +141,8 @@ async def _run(
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, operation.cancel)
     loop.add_signal_handler(signal.SIGTERM, operation.stop)
-    return await operation.run(guest)
+    async with control.controlled(journal.directory, promotion.id, operation.change_speed):
+        return await operation.run(guest)
 
 
 def _result(identity: str, guest: str, status: str) -> dict[str, Any]:

@@ -97,6 +97,15 @@ class Guest(Protocol):
 
     async def mirror(self, spec: MirrorSpec) -> None: ...
 
+    async def set_speed(self, job: str, speed: int) -> None:
+        """Limit a block job to ``speed`` bytes per second, 0 for no limit."""
+
+    async def write_blocking(self, job: str) -> None:
+        """Have a background mirror write to both disks from now on, if this QEMU can."""
+
+    async def discards(self, key: str) -> int:
+        """How many discards the guest has sent to the disk with this ``key``."""
+
     async def job(self, job: str) -> BlockJob | None:
         """The job as it is now."""
 

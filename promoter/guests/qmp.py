@@ -255,6 +255,22 @@ class QmpGuest:
     async def dismiss(self, job: str) -> None:
         await self._execute("job-dismiss", id=job)
 
+    async def set_speed(self, job: str, speed: int) -> None:
+        await self._execute("block-job-set-speed", device=job, speed=speed)
+
+    async def write_blocking(self, job: str) -> None:
+        commands = {command["name"] for command in await self._execute("query-commands")}
+        if "block-job-change" in commands:
+            await self._execute(
+                "block-job-change", id=job, type="mirror", copy_mode="write-blocking"
+            )
+
+    async def discards(self, key: str) -> int:
+        for entry in await self._execute("query-blockstats"):
+            if key in (entry.get("qdev"), entry.get("device")):
+                return int(entry["stats"]["unmap_operations"])
+        return 0
+
     async def job(self, job: str) -> BlockJob | None:
         found = map(_job, await self._execute("query-jobs"))
         return next((each for each in found if each.id == job), None)

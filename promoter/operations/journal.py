@@ -84,7 +84,7 @@ class Journal:
     """The operations of this host, in ``directory``. Every write is on disk when it returns."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self.directory = directory
         with self._writing():
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._db = sqlite3.connect(directory / "journal.sqlite", isolation_level=None)
@@ -98,7 +98,7 @@ class Journal:
             yield
         except (OSError, sqlite3.Error) as error:
             raise PromoterError(
-                f"cannot keep the journal in {self._directory}: {error}",
+                f"cannot keep the journal in {self.directory}: {error}",
                 "Make room there, or give a writable directory: --state-dir or PROMOTER_STATE_DIR.",
             ) from error
 
@@ -173,7 +173,7 @@ class Journal:
     @contextmanager
     def hold(self, operation: str) -> Iterator[None]:
         """Own an operation while it runs. Raises `Refused` when another process does."""
-        with (self._directory / f"{operation}.lock").open("a") as lock:
+        with (self.directory / f"{operation}.lock").open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from promoter.chain import BackingChain, Disk, FileStamp, Image
+from promoter.chain import BackingChain, Disk, DiskOptions, FileStamp, Image
 from promoter.errors import Refused, Unreachable
 from promoter.guests.base import Guest, GuestView
+from promoter.guests.bugs import hangs_below_a_filter, loses_writes_at_start, unmaps_wrongly
 from promoter.operations.promotion import Choices, DiskIntent, Promotion
-from promoter.operations.start import loses_writes_at_start
 from promoter.storage import images
 from promoter.storage.files import file_id, free_bytes, open_files, stamp
 from promoter.storage.names import Names
@@ -27,6 +27,7 @@ from promoter.storage.seed import (
     Geometry,
     Preallocation,
     SeedMethod,
+    can_merge,
     can_reflink,
     copies_only_data,
 )
@@ -61,7 +62,8 @@ async def plan(guest: Guest, identity: str, choices: Choices) -> Plan:
         )
     _check_throttles(view, linked)
     intents = [
-        await plan_disk(guest, disk, choices, identity, index) for index, disk in enumerate(linked)
+        await plan_disk(guest, view, disk, choices, identity, index)
+        for index, disk in enumerate(linked)
     ]
     _check_targets(intents)
     _check_space(intents)
@@ -70,14 +72,14 @@ async def plan(guest: Guest, identity: str, choices: Choices) -> Plan:
         free=tuple(free_bytes(intent.names.target.parent) for intent in intents),
         nothing_to_do=tuple(disk.name for disk in disks if len(disk.chain) == 1),
         warnings=(
-            *_pauses(view),
+            *_bugs(view, linked),
             *(warning for intent in intents for warning in _warnings(intent)),
         ),
     )
 
 
 async def plan_disk(
-    guest: Guest, disk: Disk, choices: Choices, identity: str, index: int
+    guest: Guest, view: GuestView, disk: Disk, choices: Choices, identity: str, index: int
 ) -> DiskIntent:
     """Plan one linked disk. Raises `Refused` with the reason."""
     _check_disk(disk)
@@ -87,7 +89,7 @@ async def plan_disk(
     geometry = _geometry(disk.chain, choices, names)
     below = disk.chain.below
     method, geometry = await asyncio.to_thread(_method, below, choices, geometry, names.target)
-    shared = below[0].allocated if method is SeedMethod.REFLINK else 0
+    shared = below[-1].allocated if method is SeedMethod.REFLINK else 0
     full = await images.measure(disk.chain.images, geometry.format, geometry.options)
     if geometry.preallocation in (Preallocation.FALLOC, Preallocation.FULL):
         full = max(full, disk.chain.active.virtual_size)
@@ -99,12 +101,19 @@ async def plan_disk(
         root=disk.node,
         chain=disk.chain,
         below=_stamps(disk.chain),
-        options=disk.options,
+        options=_options(disk, view),
         names=names,
         method=method,
         geometry=geometry,
         required=max(full - shared, disk.chain.active.allocated),
     )
+
+
+def _options(disk: Disk, view: GuestView) -> DiskOptions:
+    """The new disk's: as the old one's, but nothing that this QEMU does wrong meanwhile."""
+    if disk.options.detect_zeroes == "unmap" and unmaps_wrongly(view.version):
+        return replace(disk.options, detect_zeroes="on")
+    return disk.options
 
 
 def _check_guest(view: GuestView, name: str) -> None:
@@ -158,9 +167,8 @@ def _check_disk(disk: Disk) -> None:
 
 
 def _check_throttles(view: GuestView, disks: list[Disk]) -> None:
-    """Before QEMU 9.0 a mirror below a filter takes the iothread's lock twice, and hangs."""
     throttled = [disk.name for disk in disks if disk.node != disk.chain.active.node]
-    if throttled and view.iothreads and view.version < (9, 0, 0):
+    if throttled and view.iothreads and hangs_below_a_filter(view.version):
         raise Refused(
             f"{', '.join(throttled)}: under a throttle filter in a guest with iothreads,"
             f" QEMU {'.'.join(map(str, view.version))} would hang at the switchover",
@@ -276,19 +284,21 @@ def _method(
     below: tuple[Image, ...], choices: Choices, geometry: Geometry, target: Path
 ) -> tuple[SeedMethod, Geometry]:
     """How to seed, and the geometry that comes of it: a copied file keeps its own."""
-    base = below[0]
+    base = below[-1]
     copied = replace(
         geometry,
         cluster_size=base.cluster_size or geometry.cluster_size,
         extended_l2=base.extended_l2,
     )
-    copyable = copies_only_data(below, geometry) and _fits(copied, choices)
-    reflinks = copyable and can_reflink(_file(base), target.parent)
+    fits = copies_only_data(base, geometry) and _fits(copied, choices)
+    copyable = fits and len(below) == 1
+    reflinks = fits and can_merge(below) and can_reflink(_file(base), target.parent)
+    merged = sum(image.allocated for image in below[:-1])
     match choices.seed:
         case SeedMethod.REFLINK if not reflinks:
             raise Refused(
                 f"{base.file} cannot be reflinked to {target.parent}",
-                "That needs XFS or btrfs, and one plain layer below. Use --seed auto.",
+                "That needs XFS or btrfs, and layers that hold nothing but data. Use --seed auto.",
             )
         case SeedMethod.COPY if not copyable:
             raise Refused(
@@ -297,7 +307,7 @@ def _method(
             )
         case SeedMethod.REFLINK | SeedMethod.COPY as asked:
             return asked, copied
-        case None if reflinks:
+        case None if reflinks and merged <= base.allocated:
             return SeedMethod.REFLINK, copied
         case None:
             return SeedMethod.CONVERT, geometry
@@ -341,12 +351,19 @@ def _check_space(intents: list[DiskIntent]) -> None:
             )
 
 
-def _pauses(view: GuestView) -> Iterator[str]:
-    if loses_writes_at_start(view.version):
+def _bugs(view: GuestView, disks: list[Disk]) -> Iterator[str]:
+    version = ".".join(map(str, view.version))
+    if loses_writes_at_start(view.version) and view.status == "running":
         yield (
-            f"QEMU {'.'.join(map(str, view.version))} can lose writes while a mirror starts:"
+            f"QEMU {version} can lose writes while a mirror starts:"
             " the guest will stand still for each start, as a rule for milliseconds"
         )
+    for disk in disks:
+        if _options(disk, view) != disk.options:
+            yield (
+                f"{disk.name}: QEMU {version} can lose writes with detect-zeroes=unmap:"
+                " the new disk has detect-zeroes=on until the guest's next boot"
+            )
 
 
 def _warnings(intent: DiskIntent) -> list[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
@@ -31,6 +32,7 @@ from promoter.errors import (
     Unreachable,
 )
 from promoter.guests.base import CommandFailed, ConnectionLost, Guest, GuestView, MirrorSpec
+from promoter.guests.bugs import loses_writes_at_start
 from promoter.operations import operation
 from promoter.operations.journal import Journal, OperationStatus
 from promoter.operations.observation import observe
@@ -40,6 +42,7 @@ from promoter.operations.promotion import (
     FINAL,
     Action,
     Active,
+    CopyMode,
     DiskIntent,
     DiskSeen,
     Do,
@@ -48,12 +51,14 @@ from promoter.operations.promotion import (
     Promotion,
     Seen,
     decide,
+    next_of_each,
 )
-from promoter.operations.start import loses_writes_at_start, scanned, start_standing
+from promoter.operations.start import scanned, start_standing
 from promoter.operations.switchover import commit_all, pause_seconds, switch_over
 from promoter.storage import seed
 from promoter.storage.files import file_id, is_locked, is_open, sync
 from promoter.storage.images import backing_name
+from promoter.storage.pace import Pace
 from promoter.storage.seed import SeedMethod, SeedSpec
 
 INTENT = TypeAdapter(Promotion)
@@ -95,6 +100,8 @@ class PromoteOperation:
         self._stopped = False
         self._expected_cancels: set[str] = set()
         self._reports: dict[str, DiskReport] = {}
+        self._paces: dict[str, Pace] = {}
+        self._discards: dict[str, int] = {}
         self._began = time.monotonic()
 
     @property
@@ -135,6 +142,16 @@ class PromoteOperation:
         """Leave everything as it is, jobs running, for ``promoter job resume``."""
         self._stopped = True
         self._interrupt()
+
+    async def change_speed(self, speed: int) -> None:
+        """Limit each disk's seed or mirror to ``speed`` bytes per second, 0 for no limit."""
+        self._save(replace(self.intent, choices=replace(self.intent.choices, speed=speed)))
+        for pace in self._paces.values():
+            pace.change(speed)
+        if self._guest:
+            for disk in self.intent.disks:
+                if await self._guest.job(disk.node):
+                    await self._guest.set_speed(disk.node, speed)
 
     def _interrupt(self) -> None:
         if self._acting:
@@ -264,6 +281,9 @@ class PromoteOperation:
         match do:
             case Do.CONTINUE:
                 await self._continue()
+            case Do.SEED:
+                needed = next_of_each(self.intent, self._seen)
+                await self._seed_all([index for index, need in needed.items() if need is do])
             case Do.FINISH_SWITCHOVER:
                 await commit_all(self._alive, [d for d, s in self._pairs() if s.can_finish])
             case Do.AWAIT_READY:
@@ -273,6 +293,9 @@ class PromoteOperation:
                 jobs = (await self._alive.look()).jobs
                 for disk in ready:
                     self._report(disk).mirrored_bytes = jobs[disk.node].done
+                if self.intent.choices.copy_mode is CopyMode.BACKGROUND:
+                    for disk in ready:
+                        await self._alive.write_blocking(disk.node)
                 await switch_over(self._alive, ready)
             case Do.TIDY:
                 await self._tidy()
@@ -289,8 +312,6 @@ class PromoteOperation:
                 disk.names.prepare()
             case Do.DISCARD:
                 self._discard(disk)
-            case Do.SEED:
-                await self._seed(index, disk)
             case Do.REPLAN:
                 await self._replan(index, disk)
             case Do.CANCEL | Do.UNFREEZE:
@@ -315,6 +336,27 @@ class PromoteOperation:
     def _with_job(self, job: Job) -> list[DiskIntent]:
         return [disk for disk, seen in self._pairs() if seen.job is job]
 
+    async def _seed_all(self, indices: list[int]) -> None:
+        """Seed disks side by side, but in turn where they share a file system."""
+        most = self.intent.choices.parallel
+        gates = defaultdict[int | None, asyncio.Semaphore](lambda: asyncio.Semaphore(most or 1))
+
+        async def seed_one(index: int) -> None:
+            disk = self.intent.disks[index]
+            directory = disk.names.target.parent
+            async with gates[None if most else directory.stat().st_dev]:
+                await self._seed(index, disk)
+
+        work = [
+            asyncio.create_task(seed_one(i), name=f"seed {i}") for i in indices if i is not None
+        ]
+        try:
+            await asyncio.gather(*work)
+        finally:
+            for task in work:
+                task.cancel()
+            await asyncio.gather(*work, return_exceptions=True)
+
     async def _seed(self, index: int, disk: DiskIntent) -> None:
         loop = asyncio.get_running_loop()
         began = time.monotonic()
@@ -330,9 +372,9 @@ class PromoteOperation:
             geometry=disk.geometry,
             virtual_size=disk.virtual_size,
             like=disk.names.path,
-            speed=self.intent.choices.speed,
         )
-        made = await self._while_alive(seed.make_seed(spec, report))
+        pace = self._paces[disk.node] = Pace(self.intent.choices.speed)
+        made = await self._while_alive(seed.make_seed(spec, pace, report))
         self._report(disk).seeded_bytes = disk.part.stat().st_blocks * 512
         self._save(self.intent.with_disk(index, replace(disk, seeded=made)))
         seed.publish(disk.part, disk.names.target)
@@ -362,6 +404,7 @@ class PromoteOperation:
             copy_mode=self.intent.choices.copy_mode,
             speed=self.intent.choices.speed,
         )
+        self._discards[disk.node] = await self._alive.discards(disk.key)
         if loses_writes_at_start((await self._alive.look()).version):
             running = await self._alive.status() == "running"
             self._save(replace(self.intent, stopped=running))
@@ -370,6 +413,8 @@ class PromoteOperation:
             self._save(replace(self.intent, stopped=False))
         else:
             await self._alive.mirror(spec)
+        if (speed := self.intent.choices.speed) != spec.speed:
+            await self._alive.set_speed(disk.node, speed)
 
     async def _continue(self) -> None:
         """Continue a guest that was left stopped, once no mirror of ours is starting in it."""
@@ -405,23 +450,31 @@ class PromoteOperation:
         job = view.jobs.get(disk.node)
         seen = observe(disk, view)
         if seen.active is Active.NEW:
-            self._report(disk).switchover_s = pause_seconds(self._alive, disk)
+            await self._report_switch(disk)
         elif job and not (job.error == CANCELED and disk.node in self._expected_cancels):
             self._fail(*job_failure(disk, job))
         self._expected_cancels.discard(disk.node)
         await self._alive.dismiss(disk.node)
 
+    async def _report_switch(self, disk: DiskIntent) -> None:
+        report = self._report(disk)
+        report.switchover_s = pause_seconds(self._alive, disk)
+        if disk.options.discard == "unmap" and disk.node in self._discards:
+            sent = await self._alive.discards(disk.key)
+            report.dropped_discards = sent - self._discards[disk.node]
+
     def _discard(self, disk: DiskIntent) -> None:
         """Remove what was made for a disk that stays on its old chain."""
         disk.names.withdraw()
-        disk.part.unlink(missing_ok=True)
+        seed.discard(disk.part)
         if disk.seeded and file_id(disk.names.target) == disk.seeded.id:
             disk.names.target.unlink()
         sync(disk.names.target.parent)
 
     async def _replan(self, index: int, disk: DiskIntent) -> None:
         """The chain is no longer the one that was seeded: plan and seed what is there now."""
-        found = (await self._alive.look()).disk(disk.key)
+        view = await self._alive.look()
+        found = view.disk(disk.key)
         if found is None:
             raise JobFailed(f"{disk.name} was unplugged from the guest")
         if disk.replanned == MOST_REPLANS:
@@ -429,7 +482,7 @@ class PromoteOperation:
         if len(found.chain) == 1:
             self._save(self.intent.without_disk(index))
             return
-        again = await plan_disk(self._alive, found, self.intent.choices, self.id, disk.index)
+        again = await plan_disk(self._alive, view, found, self.intent.choices, self.id, disk.index)
         again = replace(again, replanned=disk.replanned + 1)
         self._save(self.intent.with_disk(index, again))
 
@@ -441,7 +494,7 @@ class PromoteOperation:
             if found and any(image.node == disk.node for image in found.chain):
                 await self._drop_old_nodes(disk)
             disk.names.tidy()
-            disk.part.unlink(missing_ok=True)
+            seed.discard(disk.part)
             remembered = view is not None and str(disk.names.target) in view.files
             if disk.names.in_place and not remembered and not _is_named_as_backing(disk):
                 disk.names.target.unlink(missing_ok=True)

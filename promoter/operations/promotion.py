@@ -205,6 +205,7 @@ class Do(IntEnum):
 
 
 FINAL = frozenset({Do.STUCK, Do.DONE, Do.GIVE_UP})
+TOGETHER = frozenset({Do.SEED, Do.AWAIT_READY, Do.SWITCH_OVER, Do.FINISH_SWITCHOVER})
 
 
 @dataclass(frozen=True, order=True)
@@ -223,17 +224,18 @@ def decide(intent: Promotion, seen: Seen) -> Action:
     """The next action that brings the promotion to its end, or safely back."""
     if intent.stopped and seen.alive:
         return Action(Do.CONTINUE)
-    committed = any(disk.named is Named.NEW for disk in seen.disks)
-    steps = [
-        Action(do, index)
-        for index, disk in enumerate(seen.disks)
-        if (do := _next(intent, disk, alive=seen.alive, committed=committed)) is not None
-    ]
-    if not steps:
+    needed = next_of_each(intent, seen)
+    if not needed:
         return _end(intent, seen)
-    first = min(steps)
-    together = first.do in (Do.AWAIT_READY, Do.SWITCH_OVER, Do.FINISH_SWITCHOVER)
-    return Action(first.do) if together else first
+    index, first = min(needed.items(), key=lambda item: item[1])
+    return Action(first, None if first in TOGETHER else index)
+
+
+def next_of_each(intent: Promotion, seen: Seen) -> dict[int, Do]:
+    """What each disk, by its index, needs next by itself; not those that need nothing."""
+    committed = any(disk.named is Named.NEW for disk in seen.disks)
+    steps = (_next(intent, disk, alive=seen.alive, committed=committed) for disk in seen.disks)
+    return {index: do for index, do in enumerate(steps) if do is not None}
 
 
 def _end(intent: Promotion, seen: Seen) -> Action:

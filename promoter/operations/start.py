@@ -22,15 +22,6 @@ LOOK_EVERY = 0.002
 STARTING = frozenset({JobStatus.CREATED, JobStatus.RUNNING})
 
 
-def loses_writes_at_start(version: tuple[int, int, int]) -> bool:
-    """Is this a QEMU whose mirror may miss writes during its first allocation scan?
-
-    Fixed in 10.0.9 and 10.2.2. 8.0 and 8.1 are counted in: whether they are affected in
-    write-blocking mode is not known.
-    """
-    return (8, 0, 0) <= version < (10, 0, 9) or (10, 1, 0) <= version < (10, 2, 2)
-
-
 async def start_standing(guest: Guest, spec: MirrorSpec, *, running: bool) -> float | None:
     """Start a mirror while the guest stands still; for how many seconds we had stopped it.
 

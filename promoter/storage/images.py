@@ -10,15 +10,19 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import signal
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from promoter.chain import Image, image_spec
 from promoter.errors import JobFailed, NoSpace
+from promoter.storage.pace import Pace
 
 Report = Callable[[int, int], None]
+SHORT_NAP, LONGEST_NAP = 0.01, 0.2
 PERCENT = re.compile(r"\(([0-9.]+)/100%\)")
 
 
@@ -65,21 +69,41 @@ async def convert(
     options: str,
     *,
     direct: bool,
-    speed: int,
+    pace: Pace,
     report: Report,
 ) -> None:
     """Copy what a chain shows into a new image at ``path`` (``qemu-img convert``).
 
-    ``direct`` bypasses the page cache; ``speed`` is in bytes per second, 0 for no limit.
+    ``direct`` bypasses the page cache.
     """
     cache = "none" if direct else "writeback"
     total = images[0].virtual_size
     await _qemu_img(
         *("convert", "-p", "-W", "-m", "16", "-t", cache, "-T", cache),
-        *(("-r", str(speed)) if speed else ()),
         *("-O", image_format, "-o", options, image_spec(images), str(path)),
         report=lambda percent: report(int(total * percent / 100), total),
+        pace=pace,
     )
+
+
+async def commit(
+    overlay: Path,
+    into: Path,
+    image_format: str,
+    *,
+    direct: bool,
+    pace: Pace,
+    report: Callable[[float], None],
+) -> None:
+    """Write what ``overlay``, a qcow2 image, itself holds into ``into`` (``qemu-img commit``).
+
+    ``report`` gets percents. Nobody else may have either open.
+    """
+    backing = ("-b", str(into), "-F", image_format)
+    await _qemu_img("rebase", "-u", "-f", "qcow2", *backing, str(overlay))
+    cache = "none" if direct else "writeback"
+    options = ("-p", "-d", "-f", "qcow2", "-t", cache)
+    await _qemu_img("commit", *options, str(overlay), report=report, pace=pace)
 
 
 def backing_name(path: Path) -> str | None:
@@ -98,7 +122,9 @@ def backing_name(path: Path) -> str | None:
         return file.read(size).decode(errors="surrogateescape")
 
 
-async def _qemu_img(*arguments: str, report: Callable[[float], None] | None = None) -> str:
+async def _qemu_img(
+    *arguments: str, report: Callable[[float], None] | None = None, pace: Pace | None = None
+) -> str:
     process = await asyncio.create_subprocess_exec(
         *("setpriv", "--pdeathsig", "KILL", "qemu-img", *arguments),
         stdin=asyncio.subprocess.DEVNULL,
@@ -111,7 +137,9 @@ async def _qemu_img(*arguments: str, report: Callable[[float], None] | None = No
         async with asyncio.TaskGroup() as group:
             errors = group.create_task(process.stderr.read(), name="qemu-img errors")
             output = group.create_task(_read(process.stdout, report), name="qemu-img output")
+            pacing = group.create_task(_keep_pace(process, pace or Pace()), name="qemu-img pace")
             await process.wait()
+            pacing.cancel()
     except BaseException:
         if process.returncode is None:
             process.kill()
@@ -122,6 +150,28 @@ async def _qemu_img(*arguments: str, report: Callable[[float], None] | None = No
         error = NoSpace if "No space left on device" in text else ImageError
         raise error(f"qemu-img {arguments[0]}: {text or f'exit {process.returncode}'}")
     return output.result()
+
+
+async def _keep_pace(process: asyncio.subprocess.Process, pace: Pace) -> None:
+    """Stop and continue a process so that it writes no faster: its own limit is for life."""
+    stopped = False
+    while process.returncode is None:
+        left = pace.delay(_written(process.pid)) if pace.rate else 0.0
+        if stopped is not (left > 0):
+            stopped = not stopped
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGSTOP if stopped else signal.SIGCONT)
+        nap = left if stopped else SHORT_NAP if pace.rate else LONGEST_NAP
+        await asyncio.sleep(min(nap, LONGEST_NAP))
+
+
+def _written(pid: int) -> int:
+    """Bytes a process has written so far, whatever became of them."""
+    try:
+        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(dict(line.split(": ") for line in lines)["wchar"])
 
 
 async def _read(stream: asyncio.StreamReader, report: Callable[[float], None] | None) -> str:

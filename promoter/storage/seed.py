@@ -15,18 +15,19 @@ import fcntl
 import os
 import stat
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
 
 from promoter.chain import FileStamp, Image
 from promoter.errors import NoSpace, Refused
 from promoter.storage import images
 from promoter.storage.files import stamp, sync
-from promoter.storage.images import Report
+from promoter.storage.images import LONGEST_NAP, Report
+from promoter.storage.pace import Pace
 
 FICLONE = 0x40049409
 CHUNK = 8 * 1024 * 1024
@@ -76,8 +77,7 @@ class Geometry:
 class SeedSpec:
     """One seed: ``layers`` as one image of ``virtual_size`` bytes.
 
-    ``like`` is the file whose owner and mode the seed gets; ``speed`` is in bytes per
-    second, 0 for no limit.
+    ``like`` is the file whose owner and mode the seed gets.
     """
 
     layers: tuple[Image, ...]
@@ -86,22 +86,28 @@ class SeedSpec:
     geometry: Geometry
     virtual_size: int
     like: Path
-    speed: int = 0
 
 
-def copies_only_data(layers: tuple[Image, ...], wanted: Geometry) -> bool:
-    """Does copying the one file below bring guest data and nothing else?
+def copies_only_data(layer: Image, wanted: Geometry) -> bool:
+    """Does copying the layer's file bring its guest data, in that format, and nothing else?
 
     A copied qcow2 would bring its bitmaps and snapshots along, and share its external
     data file with the base and write into it.
     """
-    if len(layers) != 1 or layers[0].file_driver != "file":
-        return False
-    layer = layers[0]
     if layer.format == "raw":
-        return wanted.format == "raw"
-    plain = not (layer.data_file or layer.encrypted or layer.snapshots or layer.bitmaps)
-    return layer.format == wanted.format == "qcow2" and layer.compat == "1.1" and plain
+        return layer.file_driver == "file" and wanted.format == "raw"
+    return _is_plain(layer) and layer.format == wanted.format and layer.compat == "1.1"
+
+
+def can_merge(layers: tuple[Image, ...]) -> bool:
+    """Can the upper layers be committed into a copy of the lowest, each into what is below?"""
+    grows = all(upper.virtual_size >= lower.virtual_size for upper, lower in pairwise(layers))
+    return grows and all(map(_is_plain, layers[:-1]))
+
+
+def _is_plain(layer: Image) -> bool:
+    more = layer.data_file or layer.encrypted or layer.snapshots or layer.bitmaps
+    return (layer.format, layer.file_driver) == ("qcow2", "file") and not more
 
 
 def can_reflink(source: Path, directory: Path) -> bool:
@@ -117,23 +123,23 @@ def can_reflink(source: Path, directory: Path) -> bool:
     return True
 
 
-async def make_seed(spec: SeedSpec, report: Report) -> FileStamp:
+async def make_seed(spec: SeedSpec, pace: Pace, report: Report) -> FileStamp:
     """Build the seed at ``spec.part``, durable; cancelling it stops the copying.
 
     Raises `NoSpace`, `ImageError` or OSError; what was built so far is then removed.
     """
-    await discard(spec.part)
+    discard(spec.part)
     try:
-        await _fill(spec, report)
+        await _fill(spec, pace, report)
         await _resize(spec)
         await asyncio.to_thread(_finish, spec)
     except OSError as error:
-        await discard(spec.part)
+        discard(spec.part)
         if error.errno == errno.ENOSPC:
             raise NoSpace(f"no space left for {spec.part}") from error
         raise
     except BaseException:
-        await discard(spec.part)
+        discard(spec.part)
         raise
     made = stamp(spec.part)
     assert made
@@ -147,9 +153,15 @@ async def _resize(spec: SeedSpec) -> None:
     await images.resize(spec.part, geometry.format, size, preallocation)
 
 
-async def discard(part: Path) -> None:
+def discard(part: Path) -> None:
     """Remove a half-made seed."""
-    await asyncio.to_thread(part.unlink, missing_ok=True)
+    for file in (_delta(part), part):
+        file.unlink(missing_ok=True)
+
+
+def _delta(part: Path) -> Path:
+    """Where a layer is copied to before it is committed into the part."""
+    return part.with_name(f"{part.name}.delta")
 
 
 def publish(part: Path, target: Path) -> None:
@@ -162,11 +174,15 @@ def publish(part: Path, target: Path) -> None:
     sync(target.parent)
 
 
-async def _fill(spec: SeedSpec, report: Report) -> None:
+async def _fill(spec: SeedSpec, pace: Pace, report: Report) -> None:
     geometry = spec.geometry
     match spec.method:
-        case SeedMethod.REFLINK | SeedMethod.COPY:
-            await _copy(spec, report)
+        case SeedMethod.REFLINK:
+            await asyncio.to_thread(_reflink, _file(spec.layers[-1]), spec.part)
+            for layer in reversed(spec.layers[:-1]):
+                await _merge(layer, spec, pace, report)
+        case SeedMethod.COPY:
+            await _copy(spec, pace, report)
         case SeedMethod.CONVERT:
             await images.convert(
                 spec.layers,
@@ -174,18 +190,39 @@ async def _fill(spec: SeedSpec, report: Report) -> None:
                 geometry.format,
                 geometry.options,
                 direct=_takes_direct_io(spec.part),
-                speed=spec.speed,
+                pace=pace,
                 report=report,
             )
         case SeedMethod.NONE:
             await images.create(spec.part, geometry.format, geometry.options, spec.virtual_size)
 
 
-async def _copy(spec: SeedSpec, report: Report) -> None:
+async def _merge(layer: Image, spec: SeedSpec, pace: Pace, report: Report) -> None:
+    """Commit a copy of ``layer``, which shares its extents, into the part."""
+    delta = _delta(spec.part)
+    await asyncio.to_thread(_reflink, _file(layer), delta)
+    await images.commit(
+        delta,
+        spec.part,
+        spec.geometry.format,
+        direct=_takes_direct_io(spec.part),
+        pace=pace,
+        report=lambda percent: report(int(layer.allocated * percent / 100), layer.allocated),
+    )
+    delta.unlink()
+
+
+def _reflink(source: Path, copy: Path) -> None:
+    with (
+        _opened(source, os.O_RDONLY) as base,
+        _opened(copy, os.O_CREAT | os.O_EXCL | os.O_RDWR) as part,
+    ):
+        fcntl.ioctl(part, FICLONE, base)
+
+
+async def _copy(spec: SeedSpec, pace: Pace, report: Report) -> None:
     stop = threading.Event()
-    source = spec.layers[0].file
-    assert source
-    work = asyncio.to_thread(_copy_file, source, spec, stop, report)
+    work = asyncio.to_thread(_copy_file, _file(spec.layers[0]), spec.part, stop, pace, report)
     try:
         await asyncio.shield(copying := asyncio.ensure_future(work))
     except asyncio.CancelledError:
@@ -194,26 +231,28 @@ async def _copy(spec: SeedSpec, report: Report) -> None:
         raise
 
 
-def _copy_file(source: Path, spec: SeedSpec, stop: threading.Event, report: Report) -> None:
+def _copy_file(source: Path, copy: Path, stop: threading.Event, pace: Pace, report: Report) -> None:
     with (
         _opened(source, os.O_RDONLY) as base,
-        _opened(spec.part, os.O_CREAT | os.O_EXCL | os.O_RDWR) as part,
+        _opened(copy, os.O_CREAT | os.O_EXCL | os.O_RDWR) as part,
     ):
-        if spec.method is SeedMethod.REFLINK:
-            fcntl.ioctl(part, FICLONE, base)
-            return
         size = os.fstat(base).st_size
         os.ftruncate(part, size)
         extents = list(_data_extents(base, size))
         total = sum(end - start for start, end in extents)
-        done, began = 0, time.monotonic()
+        done = 0
         for start, end in extents:
             while start < end and not stop.is_set():
                 moved = _copy_range(base, part, start, min(CHUNK, end - start))
                 start, done = start + moved, done + moved
                 report(done, total)
-                if spec.speed:
-                    stop.wait(done / spec.speed - (time.monotonic() - began))
+                while (left := pace.delay(done)) > 0 and not stop.is_set():
+                    stop.wait(min(left, LONGEST_NAP))
+
+
+def _file(layer: Image) -> Path:
+    assert layer.file, f"{layer.node}: checked to be a local file"
+    return layer.file
 
 
 def _copy_range(source: int, target: int, offset: int, length: int) -> int:
