@@ -41,6 +41,10 @@ INSIDE: dict[str, tuple[Any, str, bool]] = {
     "renamed": (Names, "commit", False),
     "finalized": (QmpGuest, "finalize", False),
 }
+AT_A_START: dict[str, tuple[Any, str, bool]] = {  # of a mirror that a QEMU bug makes a stop for
+    "stopped": (QmpGuest, "stop", False),
+    "starting": (QmpGuest, "mirror", False),
+}
 POINTS = (*(f"before {do.name}" for do in STEPS), *INSIDE, "after TIDY")
 
 
@@ -80,8 +84,8 @@ def striking(function: Callable[..., Any], hit: Callable[[], None], *, before: b
 
 
 def install(point: str, hit: Callable[[], None]) -> None:
-    if point in INSIDE:
-        owner, name, before = INSIDE[point]
+    if inside := (INSIDE | AT_A_START).get(point):
+        owner, name, before = inside
         setattr(owner, name, striking(getattr(owner, name), hit, before=before))
         return
     when, _, step = point.partition(" ")

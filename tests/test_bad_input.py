@@ -439,6 +439,7 @@ REFUSED = {
     "subclusters of nothing": ("vd0 --cluster-size 4k --extended-l2", 2, ["16k"]),
     "clusters in a raw image": ("vd0 --format raw --cluster-size 64k", 2, ["raw"]),
     "a raw image in place": ("vd0 --format raw", 4, ["raw", "--target"]),
+    "no disk at once": ("vd0 --parallel 0", 2, ["--parallel"]),
     "internal snapshots": ("{snapshots}", 4, ["before-upgrade", "snapshot -d"]),
     "an encrypted layer": ("{encrypted}", 4, ["encrypted"]),
     "the command line names the base": ("{spelled}", 4, ["spells out", "--target"]),

@@ -13,7 +13,7 @@ import pytest
 from promoter.operations.guarding import DEADLINE
 from tests import records
 from tests.cli import Ran, ended, promoter, start
-from tests.struck import POINTS
+from tests.struck import AT_A_START, POINTS
 from tests.vm import VM, Disk, GuestDied, base, linked_clone, qemu_img
 
 LEAKS = 3  # qemu-img check: clusters that nobody uses, which a killed QEMU may leave
@@ -144,6 +144,47 @@ def test_when_both_are_killed_boot_and_resume_agree_in_either_order(
         case.vm.wait_for_acks(20)
         case.prove(promoted=resumed.code == 0)
     assert sha256(base().read_bytes()).hexdigest() == base_digest
+
+
+@pytest.mark.parametrize("qemu", ["newer"], indirect=True)
+@pytest.mark.parametrize("point", AT_A_START)
+@pytest.mark.parametrize("whom", ["promoter", "promoter and guard"])
+def test_a_guest_that_was_stopped_for_a_mirrors_start_is_continued(
+    tmp_path: Path, base_digest: str, qemu: str, point: str, whom: str
+) -> None:
+    case = Case(tmp_path, target=False)
+    with case.vm as vm:
+        vm.wait_for_acks(60)
+        assert ended(case.strike(point, whom)).code == -signal.SIGKILL
+        if whom == "promoter":
+            vm.wait_for_acks(40)
+        else:
+            assert vm.qmp("query-status")["status"] == "paused"
+        resumed = case.resume()
+        assert resumed.code == 0, resumed.out
+        assert vm.qmp("query-status")["status"] == "running"
+        vm.wait_for_acks(20)
+        vm.shutdown()
+        case.prove(promoted=True)
+
+
+@pytest.mark.parametrize("qemu", ["newer"], indirect=True)
+def test_a_promoter_that_hangs_at_a_mirrors_start_does_not_freeze_its_guest(
+    tmp_path: Path, qemu: str
+) -> None:
+    case = Case(tmp_path, target=False)
+    with case.vm as vm:
+        vm.wait_for_acks(60)
+        hanging = case.strike("stopped", "hang")
+        os.waitid(os.P_PID, hanging.pid, os.WSTOPPED | os.WNOWAIT)
+        vm.wait_for_acks(60)
+        os.kill(hanging.pid, signal.SIGCONT)
+        woken = ended(hanging)
+        assert woken.code == 6, woken.out
+        assert "continued while its mirror started" in woken.result["message"]
+        assert vm.qmp("query-jobs") == []
+        vm.wait_for_acks(20)
+        case.prove(promoted=False)
 
 
 @pytest.mark.parametrize(("point", "code"), [("drained", 6), ("renamed", 0)])

@@ -203,9 +203,6 @@ class PlainOutput:
         if report.start_pause_s is not None:
             pause = f"{human_seconds(report.start_pause_s)}, for a bug of this QEMU"
             rows.insert(2, ("stopped for the mirror's start", pause))
-        if report.dropped_discards:
-            advice = f"{report.dropped_discards} were dropped meanwhile: run fstrim in the guest"
-            rows.append(("discards", advice))
         if report.spare:
             rows.append(("second name", f"{escape(str(report.spare))}, until this QEMU ends"))
         for name, text in rows:

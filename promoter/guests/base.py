@@ -103,9 +103,6 @@ class Guest(Protocol):
     async def write_blocking(self, job: str) -> None:
         """Have a background mirror write to both disks from now on, if this QEMU can."""
 
-    async def discards(self, key: str) -> int:
-        """How many discards the guest has sent to the disk with this ``key``."""
-
     async def job(self, job: str) -> BlockJob | None:
         """The job as it is now."""
 

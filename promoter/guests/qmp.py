@@ -265,12 +265,6 @@ class QmpGuest:
                 "block-job-change", id=job, type="mirror", copy_mode="write-blocking"
             )
 
-    async def discards(self, key: str) -> int:
-        for entry in await self._execute("query-blockstats"):
-            if key in (entry.get("qdev"), entry.get("device")):
-                return int(entry["stats"]["unmap_operations"])
-        return 0
-
     async def job(self, job: str) -> BlockJob | None:
         found = map(_job, await self._execute("query-jobs"))
         return next((each for each in found if each.id == job), None)

@@ -15,7 +15,6 @@ from promoter.storage.seed import SeedMethod
 class DiskReport:
     """What happened to one disk. Bytes and seconds; None for what is not known.
 
-    ``dropped_discards``: how many discards of the guest QEMU dropped while it mirrored.
     ``spare`` is a second name of the new disk: the one its QEMU remembers. It goes when
     that QEMU is gone.
     """
@@ -29,7 +28,6 @@ class DiskReport:
     duration_s: float | None = None
     switchover_s: float | None = None
     start_pause_s: float | None = None
-    dropped_discards: int | None = None
     verified: bool = False
     old: Path | None = None
     node: str | None = None

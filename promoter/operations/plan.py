@@ -373,6 +373,11 @@ def _warnings(intent: DiskIntent) -> list[str]:
             f"{intent.name}: dirty bitmaps stay behind ({', '.join(bitmaps)}):"
             " the next incremental backup must be a full one"
         )
+    if intent.options.discard == "unmap":
+        warnings.append(
+            f"{intent.name}: QEMU drops the guest's discards while it mirrors:"
+            " run fstrim in the guest afterwards"
+        )
     if intent.method is SeedMethod.REFLINK:
         warnings.append(
             f"{intent.name}: the new disk shares its extents with the base;"

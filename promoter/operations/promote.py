@@ -101,7 +101,6 @@ class PromoteOperation:
         self._expected_cancels: set[str] = set()
         self._reports: dict[str, DiskReport] = {}
         self._paces: dict[str, Pace] = {}
-        self._discards: dict[str, int] = {}
         self._began = time.monotonic()
 
     @property
@@ -404,7 +403,6 @@ class PromoteOperation:
             copy_mode=self.intent.choices.copy_mode,
             speed=self.intent.choices.speed,
         )
-        self._discards[disk.node] = await self._alive.discards(disk.key)
         if loses_writes_at_start((await self._alive.look()).version):
             running = await self._alive.status() == "running"
             self._save(replace(self.intent, stopped=running))
@@ -450,18 +448,11 @@ class PromoteOperation:
         job = view.jobs.get(disk.node)
         seen = observe(disk, view)
         if seen.active is Active.NEW:
-            await self._report_switch(disk)
+            self._report(disk).switchover_s = pause_seconds(self._alive, disk)
         elif job and not (job.error == CANCELED and disk.node in self._expected_cancels):
             self._fail(*job_failure(disk, job))
         self._expected_cancels.discard(disk.node)
         await self._alive.dismiss(disk.node)
-
-    async def _report_switch(self, disk: DiskIntent) -> None:
-        report = self._report(disk)
-        report.switchover_s = pause_seconds(self._alive, disk)
-        if disk.options.discard == "unmap" and disk.node in self._discards:
-            sent = await self._alive.discards(disk.key)
-            report.dropped_discards = sent - self._discards[disk.node]
 
     def _discard(self, disk: DiskIntent) -> None:
         """Remove what was made for a disk that stays on its old chain."""
