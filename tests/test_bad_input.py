@@ -23,6 +23,7 @@ import pytest
 from tests import records
 from tests.cli import Ran, ended, promoter, start
 from tests.vm import (
+    KEY,
     MIB,
     SPARE_OFFSET,
     VM,
@@ -30,6 +31,7 @@ from tests.vm import (
     Monitor,
     base,
     blank,
+    encrypted_clone,
     linked_clone,
     qemu_img,
     wait_for,
@@ -156,18 +158,6 @@ NAMES = (
     *("snapshots", "encrypted", "missing", "replaced", "broken", "spelled"),
 )
 DISKS = {name: f"vd{number}" for number, name in enumerate(NAMES)}
-SECRET = "secret,id=key,data=open-sesame"
-
-
-def encrypted_clone(directory: Path) -> Path:
-    """An overlay whose own clusters are encrypted, by LUKS."""
-    below, path = blank(directory / "encrypted-base.qcow2", SMALL), directory / "encrypted.qcow2"
-    luks = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10"
-    command = ["qemu-img", "create", "-q", "-f", "qcow2", "--object", SECRET, "-o", luks]
-    command += ["-b", str(below), "-F", "qcow2", str(path)]
-    # On a busy machine it says "Unable to get accurate CPU usage" now and then.
-    wait_for(lambda: subprocess.run(command).returncode == 0, "qemu-img to measure the CPU", 60)
-    return path
 
 
 def shared_disks(images: Path) -> list[Disk]:
@@ -175,7 +165,8 @@ def shared_disks(images: Path) -> list[Disk]:
     paths = {name: images / f"{name}.qcow2" for name in NAMES}
     linked_clone(base(), paths["running"])
     blank(paths["full"], SMALL)
-    encrypted_clone(images)
+    encrypted_base = blank(images / "encrypted-base.qcow2", SMALL)
+    encrypted_clone(encrypted_base, paths["encrypted"])
     for name in set(NAMES) - {"running", "full", "encrypted"}:
         small_clone(images, name)
     qemu_img("snapshot", "-c", "before-upgrade", paths["snapshots"])
@@ -212,7 +203,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         small = stack.enter_context(mounted(directory / "small", "size=14m"))
         below = f"node-name=spelled-base,driver=qcow2,file.driver=file,file.filename={images}"
         extra = (
-            *("-object", SECRET, "-monitor", f"unix:{sockets / HMP},server=on,wait=off"),
+            *("-object", KEY, "-monitor", f"unix:{sockets / HMP},server=on,wait=off"),
             *("-blockdev", f"{below}/spelled-base.qcow2"),
         )
         vm = stack.enter_context(VM(directory, shared_disks(images), extra=extra))
@@ -441,7 +432,10 @@ REFUSED = {
     "a raw image in place": ("vd0 --format raw", 4, ["raw", "--target"]),
     "no disk at once": ("vd0 --parallel 0", 2, ["--parallel"]),
     "internal snapshots": ("{snapshots}", 4, ["before-upgrade", "snapshot -d"]),
-    "an encrypted layer": ("{encrypted}", 4, ["encrypted"]),
+    "an encrypted layer": ("{encrypted}", 4, ["encrypted", "--lose encryption"]),
+    "a clear disk in an encrypted one's place": (
+        "{encrypted} --lose encryption", 4, ["with a key", "--target"]
+    ),
     "the command line names the base": ("{spelled}", 4, ["spells out", "--target"]),
     "the base is missing": ("{missing}", 4, ["missing-base.qcow2"]),
     "the base was replaced": ("{replaced}", 4, ["replaced-base.qcow2", "not the file"]),

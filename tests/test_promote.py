@@ -17,6 +17,7 @@ from promoter.guests.bugs import loses_writes_at_start, unmaps_wrongly
 from tests import records
 from tests.cli import Ran, ended, promoter, start
 from tests.vm import (
+    KEY,
     MIB,
     SPARE_OFFSET,
     VM,
@@ -26,6 +27,7 @@ from tests.vm import (
     base,
     blank,
     chain,
+    encrypted_clone,
     linked_clone,
     qemu_img,
     wait_for,
@@ -144,6 +146,50 @@ def test_the_layout_of_the_new_disk_can_be_chosen(
     if "--preallocation" in words:
         assert clone.stat().st_size >= info["virtual-size"]
         assert (info["actual-size"] >= info["virtual-size"]) is ("full" in words)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_an_encrypted_clone_is_promoted_to_clear_text_when_asked(
+    tmp_path: Path, untouched_base: Path, depth: int
+) -> None:
+    """With two layers the lower one is encrypted too: only QEMU can read it."""
+    target, options = tmp_path / "target.qcow2", "encrypt.format=luks,encrypt.key-secret=key"
+    below, key = untouched_base, ""
+    if depth == 2:
+        below = encrypted_clone(below, tmp_path / "below.qcow2")
+        words = ("driver=qcow2", "file.driver=file", f"file.filename={below}", *options.split(","))
+        key = "".join(f",backing.{word}" for word in words)
+    clone = encrypted_clone(below, tmp_path / "clone.qcow2")
+    disk = Disk(clone, options=options + key)
+    with VM(tmp_path, [disk], writer={"rate": 0}, extra=["-object", KEY]) as vm:
+        vm.wait_for_acks(60)
+        asked = ("--lose", "encryption", "--target", target, "--json")
+        promoted = promoter(tmp_path / "state", "promote", vm.monitor, *asked)
+        assert promoted.code == 0, promoted.out
+        assert promoted.result["disks"][0]["seed"] == ("none" if depth == 2 else "convert")
+        assert any("clear text" in warning for warning in promoted.lines[0]["warnings"])
+        vm.wait_for_acks(60)
+        vm.shutdown()
+    prove_full_clone(target, vm.log)
+    assert "encrypted: yes" in qemu_img("info", promoted.result["disks"][0]["old"])
+    assert "encrypted: yes" not in qemu_img("info", target)
+
+
+def test_internal_snapshots_stay_in_the_old_overlay_when_asked(
+    tmp_path: Path, untouched_base: Path
+) -> None:
+    clone = linked_clone(untouched_base, tmp_path / "clone.qcow2")
+    qemu_img("snapshot", "-c", "before-upgrade", clone)
+    with VM(tmp_path, [Disk(clone)], writer={"rate": 0}) as vm:
+        vm.wait_for_acks(60)
+        words = ("--lose", "snapshots", "--json")
+        promoted = promoter(tmp_path / "state", "promote", vm.monitor, *words)
+        assert promoted.code == 0, promoted.out
+        vm.wait_for_acks(20)
+        vm.shutdown()
+    prove_full_clone(clone, vm.log)
+    assert "before-upgrade" not in qemu_img("snapshot", "-l", clone)
+    assert "before-upgrade" in qemu_img("snapshot", "-l", promoted.result["disks"][0]["old"])
 
 
 def test_a_copied_seed_needs_no_conversion(tmp_path: Path, untouched_base: Path) -> None:

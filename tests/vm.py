@@ -33,6 +33,7 @@ BUILD = ROOT / "vm-images" / "build.py"
 NEWER_QEMU = ROOT / ".qemu"  # of ci/qemu
 MIB = 1 << 20
 SPARE_OFFSET = 176 * MIB  # of `base`: behind the partitions, 16 MiB that the guest never touches
+KEY = "secret,id=key,data=open-sesame"
 BOOT_TIMEOUT_S = 60.0
 TRIAL_TIMEOUT_S = 20.0
 
@@ -125,6 +126,16 @@ def linked_clone(backing: Path, path: Path, *, backing_fmt: str = "qcow2", **opt
     """An overlay on `backing`; `options` are qcow2's, e.g. cluster_size="4k"."""
     create = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
     qemu_img("create", "-q", "-f", "qcow2", "-b", backing, "-F", backing_fmt, *create, path)
+    return path
+
+
+def encrypted_clone(backing: Path, path: Path) -> Path:
+    """An overlay whose own clusters are encrypted by LUKS; QEMU needs `-object` KEY."""
+    luks = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10"
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "--object", KEY, "-o", luks]
+    command += ["-b", str(backing), "-F", "qcow2", str(path)]
+    # On a busy machine it says "Unable to get accurate CPU usage" now and then.
+    wait_for(lambda: subprocess.run(command).returncode == 0, "qemu-img to measure the CPU", 60)
     return path
 
 

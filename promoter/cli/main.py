@@ -12,7 +12,7 @@ import typer
 from promoter.cli import run
 from promoter.cli.output import choose
 from promoter.operations.journal import Journal, state_directory
-from promoter.operations.promotion import Choices, CopyMode
+from promoter.operations.promotion import Choices, CopyMode, Loss
 from promoter.storage.seed import LEAST_EXTENDED, Preallocation, SeedMethod
 
 app = typer.Typer(
@@ -163,6 +163,9 @@ def promote(
         int | None,
         typer.Option(min=1, help="Disks to seed at once; default: one on each file system."),
     ] = None,
+    lose: Annotated[
+        list[Loss] | None, typer.Option(help="What the new disk may be without; repeatable.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan only.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -188,6 +191,7 @@ def promote(
         speed=parse_speed(speed),
         copy_mode=copy_mode,
         parallel=parallel,
+        lose=tuple(lose or ()),
     )
     output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
     run.finish(run.promote(guest, choices, state, output, dry_run=dry_run), output)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from promoter.chain import BackingChain, Disk, DiskOptions, FileStamp, Image
 from promoter.errors import Refused, Unreachable
 from promoter.guests.base import Guest, GuestView
 from promoter.guests.bugs import hangs_below_a_filter, loses_writes_at_start, unmaps_wrongly
-from promoter.operations.promotion import Choices, DiskIntent, Promotion
+from promoter.operations.promotion import Choices, DiskIntent, Loss, Promotion
 from promoter.storage import images
 from promoter.storage.files import file_id, free_bytes, open_files, stamp
 from promoter.storage.names import Names
@@ -82,7 +82,7 @@ async def plan_disk(
     guest: Guest, view: GuestView, disk: Disk, choices: Choices, identity: str, index: int
 ) -> DiskIntent:
     """Plan one linked disk. Raises `Refused` with the reason."""
-    _check_disk(disk)
+    _check_disk(disk, choices.lose)
     await asyncio.to_thread(_check_files, guest, disk)
     await _check_headers(disk)
     names = _names(disk, choices, identity)
@@ -90,9 +90,7 @@ async def plan_disk(
     below = disk.chain.below
     method, geometry = await asyncio.to_thread(_method, below, choices, geometry, names.target)
     shared = below[-1].allocated if method is SeedMethod.REFLINK else 0
-    full = await images.measure(disk.chain.images, geometry.format, geometry.options)
-    if geometry.preallocation in (Preallocation.FALLOC, Preallocation.FULL):
-        full = max(full, disk.chain.active.virtual_size)
+    full = await _full_size(disk.chain, geometry)
     return DiskIntent(
         node=f"promoter-{identity}-{index}",
         index=index,
@@ -107,6 +105,16 @@ async def plan_disk(
         geometry=geometry,
         required=max(full - shared, disk.chain.active.allocated),
     )
+
+
+async def _full_size(chain: BackingChain, geometry: Geometry) -> int:
+    """The most bytes that the new disk can take at first."""
+    whole = chain.active.virtual_size
+    allocated = geometry.preallocation in (Preallocation.FALLOC, Preallocation.FULL)
+    if _is_encrypted(chain):  # only QEMU has the key
+        return whole
+    measured = await images.measure(chain.images, geometry.format, geometry.options)
+    return max(measured, whole) if allocated else measured
 
 
 def _options(disk: Disk, view: GuestView) -> DiskOptions:
@@ -134,7 +142,11 @@ def _select(view: GuestView, names: tuple[str, ...]) -> list[Disk]:
     return list(dict.fromkeys(disk for disk in found.values() if disk))
 
 
-def _check_disk(disk: Disk) -> None:
+def _is_encrypted(chain: Iterable[Image]) -> bool:
+    return any(image.encrypted for image in chain)
+
+
+def _check_disk(disk: Disk, lose: tuple[Loss, ...]) -> None:
     active = disk.chain.active
     why = ""
     hint = ""
@@ -153,12 +165,15 @@ def _check_disk(disk: Disk) -> None:
     elif active.format != "qcow2":
         why = f"its active layer is {active.format}, not qcow2"
         hint = "A linked clone is a qcow2 overlay."
-    elif active.snapshots:
+    elif active.snapshots and Loss.SNAPSHOTS not in lose:
         why = f"its active layer holds internal snapshots: {', '.join(active.snapshots)}"
-        hint = "They would be lost. Delete them first: delvm, or qemu-img snapshot -d"
-    elif any(image.encrypted for image in disk.chain):
+        hint = (
+            "The new disk would not have them. Delete them first (delvm, qemu-img snapshot -d),"
+            " or: --lose snapshots"
+        )
+    elif _is_encrypted(disk.chain) and Loss.ENCRYPTION not in lose:
         why = "its chain has encrypted images"
-        hint = "The copy would be in clear text."
+        hint = "The new disk would be in clear text. If it may be: --lose encryption --target FILE"
     elif remote := next((image for image in disk.chain if image.file is None), None):
         why = f"{remote.node} is not a local file"
         hint = "Run promoter where the chain's files are."
@@ -224,6 +239,11 @@ def _names(disk: Disk, choices: Choices, identity: str) -> Names:
         target = choices.target.absolute()
     else:
         target = Path(choices.target_dir or ".").absolute() / old.name
+    if in_place and disk.chain.active.encrypted:
+        raise Refused(
+            f"{disk.name}: the guest's command line opens {old} with a key",
+            "The new disk is in clear text and cannot take its place. Give a --target.",
+        )
     overlay = file_id(old)
     assert overlay, f"{old}: checked to be there"
     for directory in {old.parent, target.parent}:
@@ -284,6 +304,12 @@ def _method(
     below: tuple[Image, ...], choices: Choices, geometry: Geometry, target: Path
 ) -> tuple[SeedMethod, Geometry]:
     """How to seed, and the geometry that comes of it: a copied file keeps its own."""
+    if _is_encrypted(below):
+        if choices.seed not in (None, SeedMethod.NONE):
+            raise Refused(
+                "only the guest's QEMU has the key of an encrypted layer below", "Use --seed none."
+            )
+        return SeedMethod.NONE, geometry
     base = below[-1]
     copied = replace(
         geometry,
@@ -372,6 +398,12 @@ def _warnings(intent: DiskIntent) -> list[str]:
         warnings.append(
             f"{intent.name}: dirty bitmaps stay behind ({', '.join(bitmaps)}):"
             " the next incremental backup must be a full one"
+        )
+    if _is_encrypted(intent.chain):
+        warnings.append(f"{intent.name}: the new disk is in clear text")
+    if snapshots := intent.chain.active.snapshots:
+        warnings.append(
+            f"{intent.name}: internal snapshots stay in the old overlay: {', '.join(snapshots)}"
         )
     if intent.options.discard == "unmap":
         warnings.append(

@@ -33,6 +33,13 @@ class CopyMode(StrEnum):
     BACKGROUND = "background"
 
 
+class Loss(StrEnum):
+    """What a promotion may leave behind, if the operator says so."""
+
+    SNAPSHOTS = "snapshots"
+    ENCRYPTION = "encryption"
+
+
 @dataclass(frozen=True)
 class Choices:
     """What the operator asked for; None where promoter is to choose.
@@ -51,6 +58,7 @@ class Choices:
     seed: SeedMethod | None = None
     speed: int = 0
     parallel: int | None = None
+    lose: tuple[Loss, ...] = ()
     copy_mode: CopyMode = CopyMode.WRITE_BLOCKING
 
 
