@@ -310,7 +310,7 @@ def test_a_qemu_that_loses_writes_at_a_mirrors_start_loses_none(
     clone = linked_clone(untouched_base, tmp_path / "clone.qcow2")
     below = blank(tmp_path / "data-base.qcow2", 240 * MIB)
     data = linked_clone(below, tmp_path / "data.qcow2", cluster_size="4k")
-    scattered = "".join(f"write -q -P 0 {n * 8192} 4k\n" for n in range(20000))
+    scattered = "".join(f"write -q -P 0 {n * 8192} 4k\n" for n in range(8000))
     command = ["qemu-io", str(data)]
     subprocess.run(command, input=scattered, text=True, stdout=subprocess.DEVNULL, check=True)
     disks = [Disk(clone), Disk(data)]
