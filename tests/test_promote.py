@@ -233,20 +233,29 @@ def test_a_seed_is_reflinked_where_the_file_system_can(xfs: Path) -> None:
     assert digest(own_base) == before
 
 
+def fill(image: Path, pattern: int, mebibytes: int) -> None:
+    """Write over the beginning of the area that no guest uses."""
+    command = f"write -q -P {pattern} {SPARE_OFFSET} {mebibytes}M"
+    subprocess.run(["qemu-io", "-c", command, str(image)], check=True)
+
+
 def test_a_clone_of_a_clone_shares_the_lowest_layer_and_gets_the_others(xfs: Path) -> None:
     root = xfs / "root.qcow2"
     root.write_bytes(base().read_bytes())
+    fill(root, 8, 8)
     layers = chain(xfs, 3, root)
+    fill(layers[1], 9, 8)
     before = {layer: digest(layer) for layer in layers[:-1]}
     with VM(xfs, [Disk(layers[-1])], writer={"rate": 0}) as vm:
         vm.wait_for_acks(60)
         promoted = promoter(xfs / "state", "promote", vm.monitor, "--json")
         assert promoted.code == 0, promoted.out
         assert promoted.result["disks"][0]["seed"] == "reflink"
+        assert promoted.lines[0]["disks"][0]["required_bytes"] > 8 * MIB, "to write over the base"
         vm.wait_for_acks(60)
         vm.shutdown()
     prove_full_clone(layers[-1], vm.log)
-    patterns = (f"read -q -P {n} {SPARE_OFFSET + n * MIB} 1M" for n in (1, 2, 3))
+    patterns = (f"read -q -P {9 if n == 1 else n} {SPARE_OFFSET + n * MIB} 1M" for n in (1, 2, 3))
     commands = (word for pattern in patterns for word in ("-c", pattern))
     subprocess.run(["qemu-io", "-r", *commands, str(layers[-1])], check=True)
     assert {layer: digest(layer) for layer in before} == before

@@ -89,7 +89,6 @@ async def plan_disk(
     geometry = _geometry(disk.chain, choices, names)
     below = disk.chain.below
     method, geometry = await asyncio.to_thread(_method, below, choices, geometry, names.target)
-    shared = below[-1].allocated if method is SeedMethod.REFLINK else 0
     full = await _full_size(disk.chain, geometry)
     return DiskIntent(
         node=f"promoter-{identity}-{index}",
@@ -103,7 +102,7 @@ async def plan_disk(
         names=names,
         method=method,
         geometry=geometry,
-        required=max(full - shared, disk.chain.active.allocated),
+        required=_new_size(disk.chain, full) if method is SeedMethod.REFLINK else full,
     )
 
 
@@ -115,6 +114,12 @@ async def _full_size(chain: BackingChain, geometry: Geometry) -> int:
         return whole
     measured = await images.measure(chain.images, geometry.format, geometry.options)
     return max(measured, whole) if allocated else measured
+
+
+def _new_size(chain: BackingChain, full: int) -> int:
+    """What is left of the full size when the lowest layer is shared and the rest written to it."""
+    *upper, base = chain
+    return max(full - base.allocated, sum(image.allocated for image in upper))
 
 
 def _options(disk: Disk, view: GuestView) -> DiskOptions:
