@@ -1,0 +1,194 @@
+"""Preflight: every reason not to promote, found before the first change.
+
+The checks change nothing. What QEMU has open is compared with what its file
+names lead to now, so that a base that was moved, replaced or deleted is
+noticed while the promotion can still be refused. They raise `Refused`, or
+`Unreachable` for a guest that is going away.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from promoter.chain import Disk, Image
+from promoter.errors import Refused, Unreachable
+from promoter.guests.base import Guest, GuestView
+from promoter.guests.bugs import hangs_below_a_filter
+from promoter.operations.promotion import DiskIntent, Loss
+from promoter.storage import images
+from promoter.storage.files import free_bytes, open_files, stamp
+
+PROMOTABLE = frozenset({"running", "paused", "prelaunch", "suspended"})
+
+
+def check_guest(view: GuestView, name: str) -> None:
+    if view.status == "shutdown":
+        raise Unreachable(f"{name} is shutting down", "Start the guest again first.")
+    if view.status not in PROMOTABLE:
+        raise Refused(f"{name} is in state {view.status}", "Promote it while it runs or is paused.")
+
+
+def select_disks(view: GuestView, names: tuple[str, ...]) -> list[Disk]:
+    if not names:
+        return [disk for disk in view.disks if not disk.read_only]
+    found = {name: view.disk(name) for name in names}
+    for name, disk in found.items():
+        if disk is None:
+            known = ", ".join(sorted(d.name for d in view.disks)) or "none"
+            raise Refused(f"no such disk: {name}", f"The guest's disks are: {known}.")
+    return list(dict.fromkeys(disk for disk in found.values() if disk))
+
+
+def is_encrypted(chain: Iterable[Image]) -> bool:
+    return any(image.encrypted for image in chain)
+
+
+def check_disk(disk: Disk, lose: tuple[Loss, ...]) -> None:
+    active = disk.chain.active
+    why = ""
+    hint = ""
+    if disk.jobs:
+        why = f"a block job runs on it: {', '.join(disk.jobs)}"
+        hint = "Wait for it or end it. If it is promoter's: promoter job list"
+    elif disk.filters:
+        why = f"a filter lies above its image: {', '.join(disk.filters)}"
+        hint = "Remove the filter first; a throttle filter may stay."
+    elif disk.read_only:
+        why = "it is read-only"
+        hint = "Only disks that the guest writes to are promoted."
+    elif disk.other_writers:
+        why = "something besides the guest writes to it, such as a writable NBD export"
+        hint = "It would go on writing to the old disk. Remove it: block-export-del"
+    elif active.format != "qcow2":
+        why = f"its active layer is {active.format}, not qcow2"
+        hint = "A linked clone is a qcow2 overlay."
+    elif active.snapshots and Loss.SNAPSHOTS not in lose:
+        why = f"its active layer holds internal snapshots: {', '.join(active.snapshots)}"
+        hint = (
+            "The new disk would not have them. Delete them first (delvm, qemu-img snapshot -d),"
+            " or: --lose snapshots"
+        )
+    elif is_encrypted(disk.chain) and Loss.ENCRYPTION not in lose:
+        why = "its chain has encrypted images"
+        hint = "The new disk would be in clear text. If it may be: --lose encryption --target FILE"
+    elif remote := next((image for image in disk.chain if image.file is None), None):
+        why = f"{remote.node} is not a local file"
+        hint = "Run promoter where the chain's files are."
+    if why:
+        raise Refused(f"{disk.name}: {why}", hint)
+
+
+def check_in_place(disk: Disk, wanted: str) -> None:
+    """Will the guest's own command line open the new disk rightly?"""
+    path = disk.chain.active.file
+    if disk.backing_given:
+        raise Refused(
+            f"{disk.name}: the guest's command line spells out what lies below {path}",
+            "It would put the base below the full clone again. Give a --target.",
+        )
+    if disk.chain.active.encrypted:
+        raise Refused(
+            f"{disk.name}: the guest's command line opens {path} with a key",
+            "The new disk is in clear text and cannot take its place. Give a --target.",
+        )
+    if wanted != "qcow2":
+        raise Refused(
+            f"a {wanted} image cannot take the place of {path}",
+            "The guest's command line opens that path as qcow2. Give a --target.",
+        )
+
+
+def check_throttles(view: GuestView, disks: list[Disk]) -> None:
+    throttled = [disk.name for disk in disks if disk.node != disk.chain.active.node]
+    if throttled and view.iothreads and hangs_below_a_filter(view.version):
+        raise Refused(
+            f"{', '.join(throttled)}: under a throttle filter in a guest with iothreads,"
+            f" QEMU {'.'.join(map(str, view.version))} would hang at the switchover",
+            "Throttle with -drive or the device instead, or use QEMU 9.0 or newer.",
+        )
+
+
+def check_files(guest: Guest, disk: Disk) -> None:
+    """Are the chain's files the ones that QEMU has open?"""
+    try:
+        opened = open_files(guest.pid)
+    except OSError as error:
+        raise Refused(
+            f"{guest.name}: cannot see which files its QEMU (pid {guest.pid}) has open",
+            "Run promoter on the guest's host, as root or as QEMU's own user.",
+        ) from error
+    for file in (file.resolve() for image in disk.chain for file in image.files):
+        found = stamp(file)
+        if found is None:
+            raise Refused(f"{disk.name}: {file} is missing", "QEMU still has it open; put it back.")
+        if found.id not in opened and not file.is_block_device():
+            raise Refused(
+                f"{disk.name}: {file} is not the file that QEMU has open",
+                "It was replaced after the guest started. Put the original back.",
+            )
+
+
+async def check_headers(disk: Disk) -> None:
+    for image in disk.chain:
+        try:
+            found = await images.info(image)
+        except images.ImageError as error:
+            why = error.message.rpartition(": ")[2]
+            raise Refused(
+                f"{disk.name}: {image.file} cannot be read: {why}",
+                "The guest still has it open: save its data before anything else.",
+            ) from error
+        if found.get("format-specific", {}).get("data", {}).get("corrupt"):
+            raise Refused(f"{disk.name}: {image.file} is marked corrupt", "See: qemu-img check")
+
+
+def check_name(path: Path) -> None:
+    """The longest names on the way must be possible too, and the journal must hold them."""
+    if not str(path).isprintable():
+        raise Refused(f"{str(path)!r} is not a name for people", "Choose another --target.")
+    most = os.pathconf(path.parent, "PC_NAME_MAX")
+    if (length := len(os.fsencode(path.name))) > most:
+        raise Refused(
+            f"the name {path.name} would be too long: {length} bytes, {most} are possible",
+            "Choose a shorter --target.",
+        )
+
+
+def check_directory(directory: Path) -> None:
+    if not directory.is_dir():
+        what = "not a directory" if directory.exists() else "no such directory"
+        raise Refused(f"{what}: {directory}", "Create it, or choose another --target.")
+    if os.statvfs(directory).f_flag & os.ST_RDONLY:
+        raise Refused(f"{directory} is on a read-only file system", "Choose another --target.")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise Refused(f"{directory} is not writable", "Run promoter as its owner or as root.")
+
+
+def check_targets(intents: list[DiskIntent]) -> None:
+    targets = [intent.names.target for intent in intents]
+    if twice := next((target for target in targets if targets.count(target) > 1), None):
+        raise Refused(f"two disks would be promoted to {twice}", "Promote them one by one.")
+    paths = [intent.names.path for intent in intents]
+    if shared := next((path for path in paths if paths.count(path) > 1), None):
+        raise Refused(
+            f"two disks of the guest are the same file: {shared}", "Give each disk its own overlay."
+        )
+
+
+def check_space(intents: list[DiskIntent]) -> None:
+    needed: dict[int, int] = defaultdict(int)
+    places: dict[int, Path] = {}
+    for intent in intents:
+        place = intent.names.target.parent
+        device = place.stat().st_dev
+        needed[device] += intent.required
+        places[device] = place
+    for device, required in needed.items():
+        if (free := free_bytes(places[device])) < required:
+            raise Refused(
+                f"not enough space in {places[device]}: {required:,} bytes needed, {free:,} free",
+                "Make room, or choose another --target.",
+            )
