@@ -77,7 +77,11 @@ ROOTS = {  # where the guest finds the root file system, if the first disk hangs
 
 @dataclass(frozen=True)
 class Disk:
-    """An image that a guest has; `options` are the format node's, `device` the device's."""
+    """An image that a guest has; `options` are the format node's, `device` the device's.
+
+    With `iops` the disk is throttled: in Style.DRIVE by -drive, else by a filter node above
+    the image.  With `iothread` the disk (Bus.SCSI: its host) has one of its own.
+    """
 
     path: Path
     fmt: str = "qcow2"
@@ -85,6 +89,8 @@ class Disk:
     bus: Bus = Bus.VIRTIO
     options: str = ""
     device: str = ""
+    iops: int = 0
+    iothread: bool = False
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout: float) -> None:
@@ -204,25 +210,37 @@ def kvm_works() -> bool:
 def blockdev_arguments(disk: Disk, index: int) -> list[str]:
     options = f",{disk.options}" if disk.options else ""
     if disk.style is Style.DRIVE:
+        options += f",throttling.iops-total={disk.iops}" if disk.iops else ""
         return ["-drive", f"if=none,id=disk{index},format={disk.fmt},file={disk.path}{options}"]
     node = f"driver={disk.fmt},node-name=disk{index}{options}"
     file = f"driver=file,filename={disk.path},auto-read-only=on"
     if disk.style is Style.NODES:
         below = f"file{index}"
-        return ["-blockdev", f"{file},node-name={below}", "-blockdev", f"{node},file={below}"]
-    inline = ",".join(f"file.{option}" for option in file.split(","))
-    return ["-blockdev", f"{node},{inline}"]
+        words = ["-blockdev", f"{file},node-name={below}", "-blockdev", f"{node},file={below}"]
+    else:
+        inline = ",".join(f"file.{option}" for option in file.split(","))
+        words = ["-blockdev", f"{node},{inline}"]
+    return words + (throttle_arguments(disk.iops, index) if disk.iops else [])
+
+
+def throttle_arguments(iops: int, index: int) -> list[str]:
+    group = f"throttle-group,id=limit{index},x-iops-total={iops}"
+    node = f"driver=throttle,node-name=throttle{index},throttle-group=limit{index}"
+    return ["-object", group, "-blockdev", f"{node},file=disk{index}"]
 
 
 def device_arguments(disk: Disk, index: int) -> list[str]:
+    top = "throttle" if disk.iops and disk.style is not Style.DRIVE else "disk"
     more = f",{disk.device}" if disk.device else ""
-    tail = f"drive=disk{index},id=vd{index}{more}"
+    tail = f"drive={top}{index},id=vd{index}{more}"
+    own = ["-object", f"iothread,id=io{index}"] if disk.iothread else []
+    runs_in = f",iothread=io{index}" if disk.iothread else ""
     match disk.bus:
         case Bus.VIRTIO:
-            return ["-device", f"virtio-blk-pci,{tail}"]
+            return [*own, "-device", f"virtio-blk-pci,{tail}{runs_in}"]
         case Bus.SCSI:
-            host = f"virtio-scsi-pci,id=host{index}"
-            return ["-device", host, "-device", f"scsi-hd,bus=host{index}.0,{tail}"]
+            host = f"virtio-scsi-pci,id=host{index}{runs_in}"
+            return [*own, "-device", host, "-device", f"scsi-hd,bus=host{index}.0,{tail}"]
         case Bus.SATA:
             host = f"ahci,id=host{index}"
             return ["-device", host, "-device", f"ide-hd,bus=host{index}.0,{tail}"]
