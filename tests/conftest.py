@@ -1,10 +1,38 @@
 """Fixtures of all tests."""
 
 import os
+from typing import Any
 
 import pytest
 
-from tests.vm import newer_qemu, why_no_newer_qemu
+from tests.vm import ROOT, newer_qemu, why_no_newer_qemu
+
+
+class Coverage:
+    """Writes docs/coverage.md when every cell of test_coverage.py held in this run."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[int, str] = {}
+        self.failed = False
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        properties: dict[str, Any] = dict(report.user_properties)
+        if report.when == "call" and report.passed and "covered" in properties:
+            number, outcome = properties["covered"]
+            self.outcomes[number] = outcome
+        self.failed |= report.failed and "test_coverage.py" in report.nodeid
+
+    def pytest_sessionfinish(self) -> None:
+        if self.outcomes and not self.failed:
+            from tests.test_coverage import CELLS, table
+
+            if len(self.outcomes) == len(CELLS):
+                (ROOT / "docs" / "coverage.md").write_text(table(self.outcomes))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # not in the workers of pytest -n
+        config.pluginmanager.register(Coverage())
 
 
 @pytest.fixture(params=["system", "newer"])
