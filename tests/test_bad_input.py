@@ -590,11 +590,11 @@ def only_job(state: Path) -> dict[str, Any]:
     return job
 
 
-def fill(directory: Path, room: int) -> Path:
-    """Somebody else's file takes all of a file system but `room` bytes."""
+def fill(directory: Path, room: Callable[[], int]) -> Path:
+    """Somebody else's file takes all of a file system but `room()` bytes."""
     filler = directory / "somebody-elses"
     with filler.open("wb", buffering=0) as file, suppress(OSError):  # it is full
-        while (more := os.statvfs(directory).f_bavail * os.sysconf("SC_PAGE_SIZE") - room) > 0:
+        while (more := os.statvfs(directory).f_bavail * os.sysconf("SC_PAGE_SIZE") - room()) > 0:
             file.write(bytes(min(more, MIB)))
     return filler
 
@@ -614,7 +614,7 @@ def is_stopped(process: subprocess.Popen[str]) -> bool:
 
 def fill_in_the_seed(vm: VM, small: Path, process: subprocess.Popen[str]) -> Path:
     wait_for_phase("convert", vm, small, process)
-    return fill(small, MIB)
+    return fill(small, lambda: MIB)
 
 
 def fill_in_the_mirror(vm: VM, small: Path, process: subprocess.Popen[str]) -> Path:
@@ -622,13 +622,13 @@ def fill_in_the_mirror(vm: VM, small: Path, process: subprocess.Popen[str]) -> P
     wait_for_phase("convert", vm, small, process)
     part = part_in(small)
     assert part
-    return fill(small, base().stat().st_size - part.stat().st_blocks * 512 + 4 * MIB)
+    return fill(small, lambda: base().stat().st_size - part.stat().st_blocks * 512 + 4 * MIB)
 
 
 def fill_at_the_switchover(vm: VM, small: Path, process: subprocess.Popen[str]) -> Path:
     """The mirror was ready, and fails by a guest's write before it is told to complete."""
     wait_for(lambda: is_stopped(process), "the mirror", 30)
-    filler = fill(small, 0)
+    filler = fill(small, lambda: 0)
     wait_for(lambda: vm.qmp("query-jobs")[0]["status"] == "concluded", "the mirror's end", 30)
     process.send_signal(signal.SIGCONT)
     return filler
@@ -680,7 +680,7 @@ def test_a_full_journal_stops_it_and_it_resumes_when_there_is_room(tmp_path: Pat
     with mounted(tmp_path / "state", "size=1m") as state, halted(tmp_path, [Disk(clone)]) as vm:
         with unchanged(vm), promoting(state, vm, "--speed", "20M") as process:
             wait_for_phase("convert", vm, images, process)
-            filler = fill(state, 0)
+            filler = fill(state, lambda: 0)
             ran = ended(process)
         job = only_job(state)
         assert job["status"] == "interrupted"

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import signal
 import struct
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,12 +138,14 @@ async def _qemu_img(
         async with asyncio.TaskGroup() as group:
             errors = group.create_task(process.stderr.read(), name="qemu-img errors")
             output = group.create_task(_read(process.stdout, report), name="qemu-img output")
-            pacing = group.create_task(_keep_pace(process, pace or Pace()), name="qemu-img pace")
+            pacing = group.create_task(
+                _keep_pace(process.pid, pace or Pace()), name="qemu-img pace"
+            )
             await process.wait()
             pacing.cancel()
     except BaseException:
         if process.returncode is None:
-            process.kill()
+            _kill(process.pid)
             await asyncio.shield(process.wait())
         raise
     if process.returncode:
@@ -152,17 +155,35 @@ async def _qemu_img(
     return output.result()
 
 
-async def _keep_pace(process: asyncio.subprocess.Process, pace: Pace) -> None:
-    """Stop and continue a process so that it writes no faster: its own limit is for life."""
-    stopped = False
-    while process.returncode is None:
-        left = pace.delay(_written(process.pid)) if pace.rate else 0.0
-        if stopped is not (left > 0):
-            stopped = not stopped
-            with suppress(ProcessLookupError):
-                process.send_signal(signal.SIGSTOP if stopped else signal.SIGCONT)
-        nap = left if stopped else SHORT_NAP if pace.rate else LONGEST_NAP
-        await asyncio.sleep(min(nap, LONGEST_NAP))
+async def _keep_pace(pid: int, pace: Pace) -> None:
+    """Stop and continue a process so that it writes no faster: its own limit is for life.
+
+    Signals go by a pidfd: asyncio's own ``send_signal`` may reap the process that asyncio
+    waits for, and its exit code is lost.
+    """
+    with suppress(ProcessLookupError), _pidfd(pid) as fd:
+        stopped = False
+        while True:
+            left = pace.delay(_written(pid))
+            if stopped is not (left > 0):
+                stopped = not stopped
+                signal.pidfd_send_signal(fd, signal.SIGSTOP if stopped else signal.SIGCONT)
+            nap = left if stopped else SHORT_NAP if pace.rate else LONGEST_NAP
+            await asyncio.sleep(min(nap, LONGEST_NAP))
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError), _pidfd(pid) as fd:
+        signal.pidfd_send_signal(fd, signal.SIGKILL)
+
+
+@contextmanager
+def _pidfd(pid: int) -> Iterator[int]:
+    fd = os.pidfd_open(pid)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _written(pid: int) -> int:
