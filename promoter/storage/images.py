@@ -190,7 +190,7 @@ def _written(pid: int) -> int:
     """Bytes a process has written so far, whatever became of them."""
     try:
         lines = Path(f"/proc/{pid}/io").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
+    except OSError:  # it has just ended
         return 0
     return int(dict(line.split(": ") for line in lines)["wchar"])
 
