@@ -29,6 +29,7 @@ from tests.vm import (
     chain,
     encrypted_clone,
     linked_clone,
+    mounted_xfs,
     qemu_img,
     wait_for,
 )
@@ -206,15 +207,8 @@ def test_a_copied_seed_needs_no_conversion(tmp_path: Path, untouched_base: Path)
 
 @pytest.fixture
 def xfs(tmp_path: Path) -> Iterator[Path]:
-    """A file system that can share extents."""
-    image, mounted = tmp_path / "xfs.img", tmp_path / "xfs"
-    with image.open("wb") as file:
-        file.truncate(512 * MIB)
-    mounted.mkdir()
-    subprocess.run(["mkfs.xfs", "-q", image], check=True)
-    subprocess.run(["mount", "-o", "loop", image, mounted], check=True)
-    yield mounted
-    subprocess.run(["umount", mounted], check=True)
+    with mounted_xfs(tmp_path, 512 * MIB) as mounted:
+        yield mounted
 
 
 def test_a_seed_is_reflinked_where_the_file_system_can(xfs: Path) -> None:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -157,6 +157,21 @@ def chain(directory: Path, depth: int, root: Path | None = None) -> list[Path]:
         pattern = f"write -q -P {number} {SPARE_OFFSET + number % 16 * MIB} 1M"
         subprocess.run(["qemu-io", "-c", pattern, str(layers[-1])], check=True)
     return layers
+
+
+@contextlib.contextmanager
+def mounted_xfs(directory: Path, size: int) -> Iterator[Path]:
+    """A file system that can share extents, in a sparse file of `directory`; for root."""
+    image, mounted = directory / "xfs.img", directory / "xfs"
+    with image.open("wb") as file:
+        file.truncate(size)
+    mounted.mkdir()
+    subprocess.run(["mkfs.xfs", "-q", image], check=True)
+    subprocess.run(["mount", "-o", "loop", image, mounted], check=True)
+    try:
+        yield mounted
+    finally:
+        subprocess.run(["umount", mounted], check=True)
 
 
 # --- which QEMU -----------------------------------------------------------------------------
