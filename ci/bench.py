@@ -1,27 +1,59 @@
-"""How long promote takes by each seed, and how long the guest's I/O stands still.
+"""How long promote takes by each seed and by the base's size, and how long I/O stands still.
 
-Everything is compared within one run on one guest that writes all the while. The seeds take
-turns, so that a machine whose speed drifts is as unfair to one as to another.
+Everything is compared within one run on one guest that writes all the while. What is compared
+takes turns, so that a machine whose speed drifts is as unfair to one as to another.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests import records
-from tests.vm import MIB, VM, Disk, base, blank, linked_clone
+from tests.vm import MIB, VM, Disk, base, blank, linked_clone, mounted_xfs
 
-BASE, DELTA, SIZE, STEP = 2048 * MIB, 256 * MIB, 3072 * MIB, 64 * MIB
-SEEDS = ("none", "copy", "convert")
+STEP = 64 * MIB
+GIB = 1024 * MIB
 ROUNDS = 3
 SWITCHOVERS = 20
+XFS = 24 * GIB
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of a table: what is promoted, sizes in bytes, and the seed that it must be by.
+
+    The base's data ends 1 GiB before the disk. With a `middle` it is a clone of a clone; a
+    layer's data is at the beginning of the disk.
+    """
+
+    name: str
+    base: int
+    delta: int
+    seed: str
+    auto: bool = False
+    middle: int = 0
+
+
+SEEDS = [Case(seed, 2 * GIB, 256 * MIB, seed) for seed in ("none", "copy", "convert")]
+GROWTH, CHAINS = (
+    [
+        Case(f"{size} GiB", size * GIB, 128 * MIB, "reflink", auto=True, middle=middle)
+        for size in (1, 8)
+    ]
+    for middle in (0, 64 * MIB)
+)
 
 
 def promote(state: Path, vm: VM, *options: object) -> dict[str, Any]:
@@ -40,28 +72,52 @@ def filled(disk: Path, size: int, pattern: int) -> Path:
     return disk
 
 
-def seconds_by_seed(directory: Path) -> dict[str, list[float]]:
-    """Promotions of a data disk, of which the guest's system disk is independent."""
+def below(directory: Path, case: Case) -> Path:
+    """What the case's disk is a linked clone of; made once."""
+    lowest = directory / f"base-{case.base}.qcow2"
+    if not lowest.exists():
+        filled(blank(lowest, case.base + GIB), case.base, 1)
+    if not case.middle:
+        return lowest
+    middle = directory / f"middle-{case.base}-{case.middle}.qcow2"
+    return middle if middle.exists() else filled(linked_clone(lowest, middle), case.middle, 3)
+
+
+def seconds(directory: Path, root: Path, case: Case) -> float:
+    """One promotion of a data disk, of which the guest's system disk is independent."""
+    data = filled(linked_clone(below(directory, case), directory / "data.qcow2"), case.delta, 2)
+    target = directory / "target.qcow2"
+    with VM(directory, [Disk(root), Disk(data)]) as vm:
+        vm.wait_for_acks(20)
+        options = ["vd1", "--seed", "auto" if case.auto else case.seed, "--target", target]
+        disk = promote(directory / "state", vm, *options)
+    assert disk["seed"] == case.seed, f"the seed was {disk['seed']}, not {case.seed}"
+    for left in (*directory.glob("data.qcow2*"), target):
+        left.unlink()
+    return float(disk["duration_s"])
+
+
+def compare(directory: Path, cases: Sequence[Case]) -> None:
     root = linked_clone(base(), directory / "system.qcow2")
-    below = filled(blank(directory / "data-base.qcow2", SIZE), BASE, 1)
+    for case in cases:
+        below(directory, case)
+    os.sync()  # or the first promotion waits for what was written here
     taken = defaultdict(list)
     for number in range(ROUNDS):
-        for seed in SEEDS:
-            data = linked_clone(below, directory / "data.qcow2")
-            filled(data, DELTA, 2)
-            target = directory / "target.qcow2"
-            with VM(directory, [Disk(root), Disk(data)]) as vm:
-                vm.wait_for_acks(20)
-                options = ["vd1", "--seed", seed, "--target", target]
-                disk = promote(directory / "state", vm, *options)
-            taken[seed].append(float(disk["duration_s"]))
-            print(f"round {number + 1}, seed {seed}: {disk['duration_s']:.2f} s", file=sys.stderr)
-            for left in (*directory.glob("data.qcow2*"), target):
-                left.unlink()
-    return taken
+        for case in cases:
+            took = seconds(directory, root, case)
+            taken[case.name].append(took)
+            print(f"round {number + 1}, {case.name}: {took:.2f} s", file=sys.stderr)
+    first = statistics.median(taken[cases[0].name])
+    print(f"| | median of {ROUNDS}, s | least | most | against {cases[0].name} |")
+    print("|---|---|---|---|---|")
+    for name, times in taken.items():
+        median = statistics.median(times)
+        figures = f"{median:.2f} | {min(times):.2f} | {max(times):.2f}"
+        print(f"| {name} | {figures} | {median / first:.2f} |")
 
 
-def pauses(directory: Path) -> list[float]:
+def pauses(directory: Path) -> None:
     """One guest, made a linked clone again by a snapshot after every promotion."""
     system = linked_clone(base(), directory / "paused.qcow2")
     found = []
@@ -82,25 +138,34 @@ def pauses(directory: Path) -> list[float]:
             vm.wait_for_acks(100)
         vm.kill()
     records.check(disk, "qcow2", vm.log).raise_if_bad()
-    return found
+    median, worst = statistics.median(found) * 1000, max(found) * 1000
+    print(f"switchover, {len(found)} promotions: median {median:.1f} ms, worst {worst:.1f} ms")
+
+
+def on_xfs(directory: Path, cases: Sequence[Case]) -> None:
+    with mounted_xfs(directory, XFS) as mounted:
+        compare(mounted, cases)
+
+
+TABLES = {
+    "seeds": lambda directory: compare(directory, SEEDS),
+    "growth": lambda directory: on_xfs(directory, GROWTH),
+    "chains": lambda directory: on_xfs(directory, CHAINS),
+    "pauses": pauses,
+}
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as name:
-        taken = seconds_by_seed(Path(name))
-        print(f"| seed | median of {ROUNDS}, s | least | most | against `none` |")
-        print("|---|---|---|---|---|")
-        mirrored = statistics.median(taken["none"])
-        for seed, times in taken.items():
-            median = statistics.median(times)
-            figures = f"{median:.2f} | {min(times):.2f} | {max(times):.2f}"
-            print(f"| {seed} | {figures} | {median / mirrored:.2f} |")
-    with tempfile.TemporaryDirectory() as name:
-        found = pauses(Path(name))
-        median, worst = statistics.median(found) * 1000, max(found) * 1000
-        print(
-            f"\nswitchover, {len(found)} promotions: median {median:.1f} ms, worst {worst:.1f} ms"
-        )
+    parser = argparse.ArgumentParser(prog="ci/bench")
+    parser.add_argument("table", nargs="*", default=list(TABLES), help=", ".join(TABLES))
+    tables = parser.parse_args().table
+    if unknown := set(tables) - set(TABLES):
+        parser.error(f"no such table: {', '.join(unknown)}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it cleans up
+    for name in tables:
+        with tempfile.TemporaryDirectory() as directory:
+            print(f"\n{name}\n", flush=True)
+            TABLES[name](Path(directory))
 
 
 if __name__ == "__main__":
