@@ -16,12 +16,12 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tests import records
-from tests.vm import MIB, VM, Disk, base, blank, linked_clone, mounted_xfs
+from tests.vm import MIB, VM, Disk, base, blank, file_system, linked_clone
 
 STEP = 64 * MIB
 GIB = 1024 * MIB
@@ -47,13 +47,11 @@ class Case:
 
 
 SEEDS = [Case(seed, 2 * GIB, 256 * MIB, seed) for seed in ("none", "copy", "convert")]
-GROWTH, CHAINS = (
-    [
-        Case(f"{size} GiB", size * GIB, 128 * MIB, "reflink", auto=True, middle=middle)
-        for size in (1, 8)
-    ]
-    for middle in (0, 64 * MIB)
-)
+GROWTH = [Case(f"{size} GiB", size * GIB, 128 * MIB, "reflink", auto=True) for size in (1, 8)]
+CHAINS = [
+    *(replace(case, middle=64 * MIB) for case in GROWTH),
+    Case("8 GiB, convert", 8 * GIB, 128 * MIB, "convert", middle=64 * MIB),
+]
 
 
 def promote(state: Path, vm: VM, *options: object) -> dict[str, Any]:
@@ -143,7 +141,7 @@ def pauses(directory: Path) -> None:
 
 
 def on_xfs(directory: Path, cases: Sequence[Case]) -> None:
-    with mounted_xfs(directory, XFS) as mounted:
+    with file_system("xfs", directory, XFS) as mounted:
         compare(mounted, cases)
 
 

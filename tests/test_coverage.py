@@ -21,7 +21,18 @@ import pytest
 
 from tests import records
 from tests.cli import promoter
-from tests.vm import MIB, SPARE_OFFSET, VM, Bus, Disk, Style, base, linked_clone, qemu_img
+from tests.vm import (
+    MIB,
+    SPARE_OFFSET,
+    VM,
+    Bus,
+    Disk,
+    Style,
+    base,
+    file_system,
+    linked_clone,
+    qemu_img,
+)
 
 
 class Cell(NamedTuple):
@@ -207,18 +218,12 @@ of different columns that can go together are in one cell that is promoted.
 @pytest.fixture(scope="session")
 def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     """Where each file system is mounted."""
+    directory = tmp_path_factory.mktemp("file-systems")
     with ExitStack() as mounts:
-        found = {}
-        for kind in ("ext4", "xfs", "btrfs"):
-            image = tmp_path_factory.mktemp(kind) / "image"
-            found[kind] = image.with_name("mounted")
-            with image.open("wb") as file:
-                file.truncate(2048 * MIB)
-            found[kind].mkdir()
-            subprocess.run([f"mkfs.{kind}", "-q", image], check=True)
-            subprocess.run(["mount", "-o", "loop", image, found[kind]], check=True)
-            mounts.callback(subprocess.check_call, ["umount", found[kind]])
-        yield found
+        yield {
+            kind: mounts.enter_context(file_system(kind, directory, 2048 * MIB))
+            for kind in ("ext4", "xfs", "btrfs")
+        }
 
 
 @pytest.fixture

@@ -28,8 +28,8 @@ from tests.vm import (
     blank,
     chain,
     encrypted_clone,
+    file_system,
     linked_clone,
-    mounted_xfs,
     qemu_img,
     wait_for,
 )
@@ -207,7 +207,7 @@ def test_a_copied_seed_needs_no_conversion(tmp_path: Path, untouched_base: Path)
 
 @pytest.fixture
 def xfs(tmp_path: Path) -> Iterator[Path]:
-    with mounted_xfs(tmp_path, 512 * MIB) as mounted:
+    with file_system("xfs", tmp_path, 512 * MIB) as mounted:
         yield mounted
 
 

@@ -160,18 +160,19 @@ def chain(directory: Path, depth: int, root: Path | None = None) -> list[Path]:
 
 
 @contextlib.contextmanager
-def mounted_xfs(directory: Path, size: int) -> Iterator[Path]:
-    """A file system that can share extents, in a sparse file of `directory`; for root."""
-    image, mounted = directory / "xfs.img", directory / "xfs"
+def file_system(kind: str, directory: Path, size: int) -> Iterator[Path]:
+    """A new file system, mounted, in a sparse file of `directory`; for root."""
+    image, mounted = directory / f"{kind}.img", directory / kind
     with image.open("wb") as file:
         file.truncate(size)
     mounted.mkdir()
-    subprocess.run(["mkfs.xfs", "-q", image], check=True)
+    subprocess.run([f"mkfs.{kind}", "-q", image], check=True)
     subprocess.run(["mount", "-o", "loop", image, mounted], check=True)
     try:
         yield mounted
     finally:
         subprocess.run(["umount", mounted], check=True)
+        image.unlink()
 
 
 # --- which QEMU -----------------------------------------------------------------------------
