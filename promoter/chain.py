@@ -107,7 +107,8 @@ class Disk:
 
     ``key`` finds the same disk again after a switchover or a reboot. ``node`` is its root:
     the active layer, or the uppermost of the throttle filters above it; ``filters`` are the
-    others. ``backing_given``: the guest's command line says what lies below the active layer.
+    others. ``device`` is the QOM type of what the guest sees it by, "" where that is not known.
+    ``backing_given``: the guest's command line says what lies below the active layer.
     """
 
     key: str
@@ -121,6 +122,7 @@ class Disk:
     jobs: tuple[str, ...] = ()
     other_writers: int = 0
     backing_given: bool = False
+    device: str = ""
 
     def answers_to(self, name: str) -> bool:
         """Is ``name`` this disk's device id, device name or node-name?"""

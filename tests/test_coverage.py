@@ -116,6 +116,11 @@ REFUSALS: dict[str, Rule] = {
         "iothread": {"yes"},
         "qemu": {"system"},
     },
+    "raw on an emulated device": {
+        "target": {"elsewhere, raw"},
+        "bus": {"ahci", "nvme"},
+        "qemu": {"system"},
+    },
     "no reflinks on ext4": {"seed": {"reflink"}, "files": {"ext4"}},
     "a copy is one layer": {"seed": {"copy"}, "depth": {"2"}},
     "a copy is not just data": {
@@ -188,6 +193,8 @@ REFUSED = [
     Cell(seed="copy", depth="2", qemu="newer", style="drive", guest="paused"),
     Cell(seed="reflink", target="elsewhere, qcow2", bus="nvme", second_disk="yes"),
     Cell(throttle="node", iothread="yes", style="inline", files="xfs"),
+    Cell(target="elsewhere, raw", bus="nvme"),
+    Cell(target="elsewhere, raw", bus="ahci"),
 ]
 VALUES: dict[str, tuple[str, ...]] = {
     name: get_args(hint) for name, hint in get_type_hints(Cell).items()

@@ -270,7 +270,7 @@ def boot_arguments(bus: Bus, writer: dict[str, object]) -> list[str]:
     if not kernel.exists():
         return []
     words = [f"writer.{name}={value}" for name, value in writer.items()]
-    line = " ".join(["console=ttyS0 quiet panic=-1", f"root={ROOTS[bus]}", *words])
+    line = " ".join(["console=ttyS0 quiet panic=-1 no_timer_check", f"root={ROOTS[bus]}", *words])
     return ["-kernel", str(kernel), "-initrd", str(images() / "initrd"), "-append", line]
 
 

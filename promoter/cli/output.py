@@ -183,6 +183,8 @@ class PlainOutput:
     def result(self, result: dict[str, Any], reports: Sequence[DiskReport]) -> None:
         for report in reports:
             self._summary(report)
+        if reports and not result["guest_alive"]:
+            self.console.print("note: the guest is gone; its next boot has the new disk")
 
     def _summary(self, report: DiskReport) -> None:
         copied = (report.seeded_bytes or 0) + (report.mirrored_bytes or 0)

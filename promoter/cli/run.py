@@ -77,8 +77,8 @@ async def promote(
     with journal.hold(promotion.id):
         intent = INTENT.dump_json(promotion).decode()
         journal.open(promotion.id, "promote", promotion.guest, intent)
-        reports = await _run(promotion, journal, guest, output)
-    output.result(_result(promotion.id, name, "done"), reports)
+        reports, alive = await _run(promotion, journal, guest, output)
+    output.result(_result(promotion.id, name, "done") | alive, reports)
 
 
 async def change_speed(identity: str, speed: int, state: Path, output: Output) -> None:
@@ -128,13 +128,13 @@ async def _resume(journal: Journal, identity: str, output: Output) -> None:
             output.result(_result(identity, entry.guest, entry.status), [])
             return
         promotion = replace(INTENT.validate_json(entry.intent), tidied=False)
-        reports = await _run(promotion, journal, None, output)
-    output.result(_result(identity, entry.guest, "done"), reports)
+        reports, alive = await _run(promotion, journal, None, output)
+    output.result(_result(identity, entry.guest, "done") | alive, reports)
 
 
 async def _run(
     promotion: Promotion, journal: Journal, guest: Guest | None, output: Output
-) -> Sequence[DiskReport]:
+) -> tuple[Sequence[DiskReport], dict[str, bool]]:
     progress = partial(output.progress, promotion.id)
     step = partial(output.step, promotion.id)
     operation = PromoteOperation(promotion, journal, connect, progress, step)
@@ -142,7 +142,7 @@ async def _run(
     loop.add_signal_handler(signal.SIGINT, operation.cancel)
     loop.add_signal_handler(signal.SIGTERM, operation.stop)
     async with control.controlled(journal.directory, promotion.id, operation.change_speed):
-        return await operation.run(guest)
+        return await operation.run(guest), {"guest_alive": operation.alive}
 
 
 def _result(identity: str, guest: str, status: str) -> dict[str, Any]:

@@ -146,13 +146,20 @@ class QmpGuest:
             version=await self._version(),
             status=await self.status(),
             iothreads=bool(await self._execute("query-iothreads")),
-            disks=tuple(self._disk(graph, e) for e in entries if "inserted" in e),
+            disks=tuple([await self._disk(graph, e) for e in entries if "inserted" in e]),
             nodes=graph.names,
             files=graph.files,
             jobs={job.id: job for job in jobs},
         )
 
-    def _disk(self, graph: BlockGraph, entry: dict[str, Any]) -> Disk:
+    async def _device(self, qdev: str) -> str:
+        path = qdev if qdev.startswith("/") else f"/machine/peripheral/{qdev}"
+        try:
+            return str(await self._execute("qom-get", path=path, property="type"))
+        except CommandFailed:
+            return ""
+
+    async def _disk(self, graph: BlockGraph, entry: dict[str, Any]) -> Disk:
         inserted = entry["inserted"]
         root = inserted["node-name"]
         filters, chain = graph.chain(root)
@@ -171,6 +178,7 @@ class QmpGuest:
             jobs=graph.jobs_on([*filters, *(image.node for image in chain)]),
             other_writers=graph.unnamed_writers(upper),
             backing_given=line.backing,
+            device=await self._device(str(entry.get("qdev", ""))),
             options=DiskOptions(
                 cache_direct=cache["direct"],
                 cache_no_flush=cache["no-flush"],

@@ -20,6 +20,7 @@ from promoter.operations.preflight import (
     check_headers,
     check_in_place,
     check_name,
+    check_raw,
     check_space,
     check_targets,
     check_throttles,
@@ -68,6 +69,8 @@ async def plan(guest: Guest, identity: str, choices: Choices) -> Plan:
             "Name one disk, or give --target-dir.",
         )
     check_throttles(view, linked)
+    if choices.format == "raw":
+        check_raw(view, linked)
     intents = [
         await plan_disk(guest, view, disk, choices, identity, index)
         for index, disk in enumerate(linked)

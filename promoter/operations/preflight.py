@@ -16,7 +16,7 @@ from pathlib import Path
 from promoter.chain import Disk, Image
 from promoter.errors import Refused, Unreachable
 from promoter.guests.base import Guest, GuestView
-from promoter.guests.bugs import hangs_below_a_filter
+from promoter.guests.bugs import aborts_on_raw, hangs_below_a_filter
 from promoter.operations.promotion import DiskIntent, Loss
 from promoter.storage import images
 from promoter.storage.files import free_bytes, open_files, stamp
@@ -98,6 +98,16 @@ def check_in_place(disk: Disk, wanted: str) -> None:
         raise Refused(
             f"a {wanted} image cannot take the place of {path}",
             "The guest's command line opens that path as qcow2. Give a --target.",
+        )
+
+
+def check_raw(view: GuestView, disks: list[Disk]) -> None:
+    """Can this QEMU switch these disks to raw images?"""
+    if wrong := [disk for disk in disks if aborts_on_raw(view.version, disk.device)]:
+        raise Refused(
+            f"{', '.join(disk.name for disk in wrong)}: QEMU {'.'.join(map(str, view.version))} may"
+            f" abort when a disk on {wrong[0].device} is switched to a raw image",
+            "Promote to qcow2, or use QEMU 9.0 or newer.",
         )
 
 

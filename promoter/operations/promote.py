@@ -107,6 +107,11 @@ class PromoteOperation:
     def id(self) -> str:
         return self.intent.id
 
+    @property
+    def alive(self) -> bool:
+        """Was the guest there at the last look?"""
+        return self._seen.alive
+
     async def run(self, guest: Guest | None) -> list[DiskReport]:
         """Bring the promotion to its end, from wherever it is; what became of each disk.
 
