@@ -381,7 +381,8 @@ def test_cell(
         if refusal(cell):
             assert ran.code == 4, ran
             assert set(place.rglob("*")) == names
-            targets, outcome = [disk.path for disk in disks], f"refused: {refusal(cell)}"
+            fmt, targets = "qcow2", [disk.path for disk in disks]
+            outcome = f"refused: {refusal(cell)}"
         else:
             assert ran.code == 0, ran
             seeds = {disk["disk"]: disk["seed"] for disk in ran.result["disks"]}

@@ -75,12 +75,13 @@ async def convert(
 ) -> None:
     """Copy what a chain shows into a new image at ``path`` (``qemu-img convert``).
 
-    ``direct`` bypasses the page cache.
+    ``direct`` bypasses the page cache for what is written; a base that many guests read
+    is often in it.
     """
     cache = "none" if direct else "writeback"
     total = images[0].virtual_size
     await _qemu_img(
-        *("convert", "-p", "-W", "-m", "16", "-t", cache, "-T", cache),
+        *("convert", "-p", "-W", "-m", "16", "-t", cache, "-T", "writeback"),
         *("-O", image_format, "-o", options, image_spec(images), str(path)),
         report=lambda percent: report(int(total * percent / 100), total),
         pace=pace,
