@@ -22,6 +22,7 @@ from promoter.operations.preflight import (
     check_name,
     check_raw,
     check_space,
+    check_start,
     check_targets,
     check_throttles,
     is_encrypted,
@@ -69,6 +70,8 @@ async def plan(guest: Guest, identity: str, choices: Choices) -> Plan:
             "Name one disk, or give --target-dir.",
         )
     check_throttles(view, linked)
+    if linked:
+        check_start(view)
     if choices.format == "raw":
         check_raw(view, linked)
     intents = [

@@ -16,7 +16,12 @@ from pathlib import Path
 from promoter.chain import Disk, Image
 from promoter.errors import Refused, Unreachable
 from promoter.guests.base import Guest, GuestView
-from promoter.guests.bugs import aborts_on_raw, hangs_below_a_filter
+from promoter.guests.bugs import (
+    aborts_on_raw,
+    hangs_below_a_filter,
+    loses_interrupts,
+    loses_writes_at_start,
+)
 from promoter.operations.promotion import DiskIntent, Loss
 from promoter.storage import images
 from promoter.storage.files import free_bytes, open_files, stamp
@@ -29,6 +34,17 @@ def check_guest(view: GuestView, name: str) -> None:
         raise Unreachable(f"{name} is shutting down", "Start the guest again first.")
     if view.status not in PROMOTABLE:
         raise Refused(f"{name} is in state {view.status}", "Promote it while it runs or is paused.")
+
+
+def check_start(view: GuestView) -> None:
+    """Can a mirror start safely, whether the guest runs meanwhile or stands still?"""
+    unsafe = loses_writes_at_start(view.version) and loses_interrupts(view.version)
+    if view.status == "running" and view.iothreads and unsafe:
+        raise Refused(
+            f"QEMU {'.'.join(map(str, view.version))} may lose writes as a mirror starts in a"
+            " guest that runs, and with iothreads an interrupt when the guest is paused for that",
+            "Use QEMU 10.0.9, 10.2.2 or newer, or boot the guest without iothreads.",
+        )
 
 
 def select_disks(view: GuestView, names: tuple[str, ...]) -> list[Disk]:
