@@ -331,6 +331,26 @@ def test_a_qemu_that_loses_writes_at_a_mirrors_start_loses_none(
     prove_full_clone(data, vm.log)
 
 
+@pytest.mark.parametrize("qemu", ["newer"], indirect=True)
+@pytest.mark.usefixtures("qemu")
+def test_a_guest_with_iothreads_that_is_continued_meanwhile_stays_where_it_is(
+    tmp_path: Path, untouched_base: Path
+) -> None:
+    clone = linked_clone(untouched_base, tmp_path / "clone.qcow2")
+    case = Interference(tmp_path, Disk(clone, iothread=True), "-S")
+    with case.vm as vm:
+        process = case.seeding()
+        vm.qmp("cont")
+        vm.wait_for_acks(20)
+        ran = case.end(process)
+        assert ran.code == 4, ran
+        assert "interrupt" in ran.out
+        vm.kill()
+    records.check(clone, "qcow2", vm.log).raise_if_bad()
+    assert "backing file" in qemu_img("info", clone)
+    assert not list(tmp_path.glob("*.part-*"))
+
+
 def version(vm: VM) -> tuple[int, int, int]:
     found = vm.qmp("query-version")["qemu"]
     return found["major"], found["minor"], found["micro"]
@@ -505,9 +525,9 @@ def only_job(state: Path) -> dict[str, str]:
 class Interference:
     """A slow promotion whose seed leaves others the time to interfere."""
 
-    def __init__(self, directory: Path, active: Path) -> None:
+    def __init__(self, directory: Path, disk: Disk, *options: str) -> None:
         self.directory, self.state = directory, directory / "state"
-        self.vm = VM(directory, [Disk(active)], writer={"rate": 0})
+        self.vm = VM(directory, [disk], writer={"rate": 0}, extra=options)
 
     def seeding(self, *options: str) -> subprocess.Popen[str]:
         command = ("promote", self.vm.monitor, "--speed", SLOW, *options, "--json")
@@ -527,7 +547,7 @@ def test_a_snapshot_by_somebody_else_during_the_seed_is_promoted_too(
     tmp_path: Path, untouched_base: Path
 ) -> None:
     clone = linked_clone(untouched_base, tmp_path / "clone.qcow2")
-    case = Interference(tmp_path, clone)
+    case = Interference(tmp_path, Disk(clone))
     snapshot = tmp_path / "snapshot.qcow2"
     with case.vm as vm:
         vm.wait_for_acks(60)
@@ -554,7 +574,7 @@ def test_a_commit_into_a_layer_that_is_being_seeded_is_refused_by_its_lock(
     tmp_path: Path, untouched_base: Path
 ) -> None:
     layers = chain(tmp_path, 3)
-    case = Interference(tmp_path, layers[-1])
+    case = Interference(tmp_path, Disk(layers[-1]))
     with case.vm as vm:
         vm.wait_for_acks(60)
         process = case.seeding()
@@ -574,7 +594,7 @@ def test_a_commit_of_the_clone_into_its_base_while_that_is_copied_is_noticed(
     own_base = tmp_path / "base.qcow2"
     own_base.write_bytes(untouched_base.read_bytes())
     clone = linked_clone(own_base, tmp_path / "clone.qcow2")
-    case = Interference(tmp_path, clone)
+    case = Interference(tmp_path, Disk(clone))
     with case.vm as vm:
         vm.wait_for_acks(60)
         process = case.seeding("--seed", "copy")
@@ -594,7 +614,7 @@ def test_a_stream_by_somebody_else_during_the_seed_leaves_nothing_to_do(
     tmp_path: Path, untouched_base: Path
 ) -> None:
     clone = linked_clone(untouched_base, tmp_path / "clone.qcow2")
-    case = Interference(tmp_path, clone)
+    case = Interference(tmp_path, Disk(clone))
     with case.vm as vm:
         vm.wait_for_acks(60)
         process = case.seeding()

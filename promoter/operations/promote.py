@@ -38,6 +38,7 @@ from promoter.operations.journal import Journal, OperationStatus
 from promoter.operations.observation import observe
 from promoter.operations.outcome import DiskReport, error_of, job_failure
 from promoter.operations.plan import plan_disk
+from promoter.operations.preflight import check_start
 from promoter.operations.promotion import (
     FINAL,
     Action,
@@ -408,8 +409,10 @@ class PromoteOperation:
             copy_mode=self.intent.choices.copy_mode,
             speed=self.intent.choices.speed,
         )
-        if loses_writes_at_start((await self._alive.look()).version):
-            running = await self._alive.status() == "running"
+        view = await self._alive.look()
+        if loses_writes_at_start(view.version):
+            check_start(view)
+            running = view.status == "running"
             self._save(replace(self.intent, stopped=running))
             pause = await start_standing(self._alive, spec, running=running)
             self._report(disk).start_pause_s = pause
