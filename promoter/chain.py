@@ -102,6 +102,16 @@ class DiskOptions:
 
 
 @dataclass(frozen=True)
+class LibvirtDisk:
+    """What libvirt believes of a disk: the files of its chain, the active layer first, and
+    the file that the next boot opens, None for a transient domain or disk.
+    """
+
+    chain: tuple[str, ...]
+    next_boot: str | None
+
+
+@dataclass(frozen=True)
 class Disk:
     """A guest's disk: its names, its backing chain and who else works on it.
 
@@ -109,6 +119,7 @@ class Disk:
     the active layer, or the uppermost of the throttle filters above it; ``filters`` are the
     others. ``device`` is the QOM type of what the guest sees it by, "" where that is not known.
     ``backing_given``: the guest's command line says what lies below the active layer.
+    ``libvirt`` is None for a guest that is not libvirt's.
     """
 
     key: str
@@ -123,6 +134,7 @@ class Disk:
     other_writers: int = 0
     backing_given: bool = False
     device: str = ""
+    libvirt: LibvirtDisk | None = None
 
     def answers_to(self, name: str) -> bool:
         """Is ``name`` this disk's device id, device name or node-name?"""

@@ -102,6 +102,11 @@ def wait_for(condition: Callable[[], bool], what: str, timeout: float) -> None:
         time.sleep(0.01)
 
 
+def ack_count(log: Path) -> int:
+    """How many records the writer of this log has acknowledged."""
+    return log.read_bytes().count(b"\nA ") if log.exists() else 0
+
+
 # --- images --------------------------------------------------------------------------------
 
 
@@ -424,11 +429,8 @@ class VM:
 
     def wait_for_acks(self, count: int = 1, timeout: float = BOOT_TIMEOUT_S) -> None:
         """Waits for `count` records more.  Raises GuestDied, or TimeoutError."""
-        wanted = self._ack_count() + count
-        self._wait_for(lambda: self._ack_count() >= wanted, f"{count} more records", timeout)
-
-    def _ack_count(self) -> int:
-        return self.log.read_bytes().count(b"\nA ") if self.log.exists() else 0
+        wanted = ack_count(self.log) + count
+        self._wait_for(lambda: ack_count(self.log) >= wanted, f"{count} more records", timeout)
 
     def _wait_for(self, condition: Callable[[], bool], what: str, timeout: float) -> None:
         try:

@@ -11,6 +11,7 @@ import typer
 
 from promoter.cli import run
 from promoter.cli.output import choose
+from promoter.guests.libvirt import DEFAULT_URI
 from promoter.operations.journal import Journal, state_directory
 from promoter.operations.promotion import Choices, CopyMode, Loss
 from promoter.storage.seed import LEAST_EXTENDED, Preallocation, SeedMethod
@@ -86,6 +87,13 @@ def parse_speed(text: str, where: str = "--speed") -> int:
 
 
 Guest = Annotated[str, typer.Argument(help="The path of the guest's QMP socket.")]
+AnyGuest = Annotated[str, typer.Argument(help="A libvirt domain, or the path of a QMP socket.")]
+Connect = Annotated[
+    str,
+    typer.Option(
+        "--connect", "-c", metavar="URI", envvar="LIBVIRT_DEFAULT_URI", help="libvirt, for domains."
+    ),
+]
 Identity = Annotated[str, typer.Argument(metavar="ID", help="An operation's id.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
@@ -103,17 +111,15 @@ State = Annotated[
 
 
 @app.command()
-def chain(guest: Guest, as_json: Json = False) -> None:
-    """Show the backing chain of each disk as the running guest has it."""
+def chain(guest: AnyGuest, connect: Connect = DEFAULT_URI, as_json: Json = False) -> None:
+    """Show the backing chain of each disk as the running guest has it.
+
+    Of a libvirt domain also what libvirt believes, where that differs.
+    """
     output = choose(as_json=as_json, quiet=False, verbose=False)
 
     async def work() -> None:
-        found = await run.connect(guest)
-        try:
-            view = await found.look()
-        finally:
-            await found.close()
-        output.chains(guest, view)
+        output.chains(guest, await run.look(guest, connect))
 
     run.finish(work(), output)
 

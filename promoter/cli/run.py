@@ -17,7 +17,8 @@ import typer
 
 from promoter.cli.output import Output
 from promoter.errors import Cancelled, PromoterError, Refused
-from promoter.guests.base import Guest
+from promoter.guests.base import Guest, GuestView
+from promoter.guests.libvirt import LibvirtGuest
 from promoter.guests.qmp import QmpGuest
 from promoter.operations import control
 from promoter.operations.journal import Journal, OperationStatus, new_id
@@ -47,14 +48,29 @@ def _fail(error: PromoterError, output: Output) -> None:
     raise typer.Exit(error.exit_code) from error
 
 
+async def look(name: str, uri: str) -> GuestView:
+    """One look at the running guest that ``name`` means; domains are those of ``uri``."""
+    is_path = "/" in name
+    guest = await (QmpGuest.connect(_path(name)) if is_path else LibvirtGuest.connect(name, uri))
+    try:
+        return await guest.look()
+    finally:
+        await guest.close()
+
+
 async def connect(name: str) -> Guest:
     """The running guest that ``name`` means: the path of its QMP socket."""
     if "/" not in name:
         raise Refused(
             f"{name} is not the path of a QMP socket",
-            "Give a path with a slash in it, such as ./monitor.sock or /run/vm/monitor.sock.",
+            "Disks of libvirt domains cannot be promoted yet. The path of a socket has a slash in"
+            " it: ./monitor.sock",
         )
-    return await QmpGuest.connect(Path(name).absolute())
+    return await QmpGuest.connect(_path(name))
+
+
+def _path(name: str) -> Path:
+    return Path(name).absolute()
 
 
 async def promote(

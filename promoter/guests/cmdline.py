@@ -27,10 +27,10 @@ class Given:
     backing: bool = False
 
 
-def given(pid: int, names: set[str]) -> Given:
+def given(pid: int | None, names: set[str]) -> Given:
     """What the command line of process ``pid`` says of the disk known by one of ``names``.
 
-    Nothing for a disk that was plugged in later, or when the process cannot be read.
+    Nothing for a disk that was plugged in later, or when there is no such process to read.
     """
     try:
         words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")

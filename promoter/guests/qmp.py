@@ -29,16 +29,13 @@ from qemu.qmp import (
 )
 
 from promoter.blockjob import ENDED, BlockJob, JobStatus
-from promoter.chain import Disk, DiskOptions
-from promoter.errors import NoSpace, Refused, Unreachable
+from promoter.chain import DiskOptions
+from promoter.errors import NoSpace, Unreachable
+from promoter.guests import view
 from promoter.guests.base import CommandFailed, ConnectionLost, GuestView, MirrorSpec
-from promoter.guests.cmdline import given
-from promoter.guests.graph import BlockGraph
 
-OLDEST = (7, 2, 0)
 GREETING_TIMEOUT = 3.0
 TICK = 0.2
-LOOKS = 5
 REPLY_LIMIT = 64 * 1024 * 1024
 
 
@@ -79,18 +76,11 @@ class QmpGuest:
             ) from error
         guest = cls(path, monitor, client)
         try:
-            await guest._check_version()
+            await view.check_version(guest._execute, guest.name)
         except BaseException:
             await guest.close()
             raise
         return guest
-
-    async def _check_version(self) -> None:
-        if (version := await self._version()) < OLDEST:
-            raise Refused(
-                f"{self.name} runs QEMU {'.'.join(map(str, version))}; promoter needs 7.2 or newer",
-                "Move the guest to a newer QEMU first.",
-            )
 
     @property
     def name(self) -> str:
@@ -123,70 +113,9 @@ class QmpGuest:
         except (ExecInterruptedError, StateError, EOFError, OSError) as error:
             raise ConnectionLost(f"{self.name}: the monitor closed during {command}") from error
 
-    async def _version(self) -> tuple[int, int, int]:
-        qemu = (await self._execute("query-version"))["qemu"]
-        return qemu["major"], qemu["minor"], qemu["micro"]
-
     async def look(self) -> GuestView:
         """The guest's disks, nodes and jobs as they are now."""
-        for _ in range(LOOKS):
-            with suppress(KeyError):  # the graph changed between two of the queries
-                return await self._look()
-        raise CommandFailed(f"{self.name}: its block graph does not stand still")
-
-    async def _look(self) -> GuestView:
-        graph = BlockGraph(
-            await self._execute("query-named-block-nodes", flat=True),
-            await self._execute("x-debug-query-block-graph"),
-            Path(f"/proc/{self._pid}/cwd"),
-        )
-        entries = await self._execute("query-block")
-        jobs = [_job(job) for job in await self._execute("query-jobs")]
-        return GuestView(
-            version=await self._version(),
-            status=await self.status(),
-            iothreads=bool(await self._execute("query-iothreads")),
-            disks=tuple([await self._disk(graph, e) for e in entries if "inserted" in e]),
-            nodes=graph.names,
-            files=graph.files,
-            jobs={job.id: job for job in jobs},
-        )
-
-    async def _device(self, qdev: str) -> str:
-        path = qdev if qdev.startswith("/") else f"/machine/peripheral/{qdev}"
-        try:
-            return str(await self._execute("qom-get", path=path, property="type"))
-        except CommandFailed:
-            return ""
-
-    async def _disk(self, graph: BlockGraph, entry: dict[str, Any]) -> Disk:
-        inserted = entry["inserted"]
-        root = inserted["node-name"]
-        filters, chain = graph.chain(root)
-        names = _names(entry, chain.active.node, root)
-        cache = inserted["cache"]
-        upper = [*filters, chain.active.node]
-        line = given(self._pid, set(names))
-        return Disk(
-            key=entry.get("qdev") or entry["device"],
-            name=names[0],
-            aliases=frozenset(names),
-            node=root,
-            chain=chain,
-            filters=tuple(node for node in filters if not graph.is_throttle(node)),
-            read_only=inserted["ro"],
-            jobs=graph.jobs_on([*filters, *(image.node for image in chain)]),
-            other_writers=graph.unnamed_writers(upper),
-            backing_given=line.backing,
-            device=await self._device(str(entry.get("qdev", ""))),
-            options=DiskOptions(
-                cache_direct=cache["direct"],
-                cache_no_flush=cache["no-flush"],
-                writeback=cache["writeback"],
-                detect_zeroes=inserted["detect_zeroes"],
-                **line.options,
-            ),
-        )
+        return await view.take(self._execute, self.name, self._pid)
 
     async def attach(self, node: str, file: Path, image_format: str, options: DiskOptions) -> None:
         cache = {"direct": options.cache_direct, "no-flush": options.cache_no_flush}
@@ -226,7 +155,7 @@ class QmpGuest:
         return True
 
     async def status(self) -> str:
-        return str((await self._execute("query-status"))["status"])
+        return await view.status(self._execute)
 
     async def stop(self) -> None:
         await self._execute("stop")
@@ -274,8 +203,7 @@ class QmpGuest:
             )
 
     async def job(self, job: str) -> BlockJob | None:
-        found = map(_job, await self._execute("query-jobs"))
-        return next((each for each in found if each.id == job), None)
+        return (await view.jobs(self._execute)).get(job)
 
     async def wait_for(
         self,
@@ -356,22 +284,3 @@ def _peer_pid(monitor: socket.socket) -> int:
     credentials = monitor.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid: int = struct.unpack("3i", credentials)[0]
     return pid
-
-
-def _job(entry: dict[str, Any]) -> BlockJob:
-    return BlockJob(
-        id=entry["id"],
-        type=entry["type"],
-        status=JobStatus(entry["status"]),
-        done=entry["current-progress"],
-        total=entry["total-progress"],
-        error=entry.get("error"),
-    )
-
-
-def _names(entry: dict[str, Any], *nodes: str) -> list[str]:
-    """A disk's names, the best one first: device id, device name, node-names, QOM path."""
-    qdev = str(entry.get("qdev", ""))
-    device_id = qdev.removeprefix("/machine/peripheral/").partition("/")[0]
-    named = [node for node in nodes if not node.startswith("#")]
-    return [name for name in (device_id, entry["device"], *named, qdev) if name]

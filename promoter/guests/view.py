@@ -1,0 +1,136 @@
+"""One look at a guest, whoever passes the questions on to its QEMU."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from promoter.blockjob import BlockJob, JobStatus
+from promoter.chain import Disk, DiskOptions
+from promoter.errors import Refused
+from promoter.guests.base import CommandFailed, GuestView
+from promoter.guests.cmdline import given
+from promoter.guests.graph import BlockGraph
+
+OLDEST = (7, 2, 0)
+LOOKS = 5
+
+
+class Execute(Protocol):
+    """Execute a QMP command; ``_`` in names stands for ``-``. Raises `CommandFailed`."""
+
+    def __call__(self, command: str, **arguments: object) -> Awaitable[Any]: ...
+
+
+async def check_version(execute: Execute, name: str) -> None:
+    """Raises `Refused` when the QEMU is older than 7.2."""
+    if (version := await _version(execute)) < OLDEST:
+        raise Refused(
+            f"{name} runs QEMU {'.'.join(map(str, version))}; promoter needs 7.2 or newer",
+            "Move the guest to a newer QEMU first.",
+        )
+
+
+async def take(execute: Execute, name: str, pid: int | None) -> GuestView:
+    """The guest's disks, nodes and jobs as they are now.
+
+    ``pid`` is its QEMU's process, None when it is not on this host.
+    """
+    for _ in range(LOOKS):
+        with suppress(KeyError):  # the graph changed between two of the queries
+            return await _take(execute, pid)
+    raise CommandFailed(f"{name}: its block graph does not stand still")
+
+
+async def jobs(execute: Execute) -> dict[str, BlockJob]:
+    """The block jobs by their ids."""
+    return {job.id: job for job in map(_job, await execute("query-jobs"))}
+
+
+async def status(execute: Execute) -> str:
+    """QAPI's ``RunState``."""
+    return str((await execute("query-status"))["status"])
+
+
+async def _take(execute: Execute, pid: int | None) -> GuestView:
+    graph = BlockGraph(
+        await execute("query-named-block-nodes", flat=True),
+        await execute("x-debug-query-block-graph"),
+        Path(f"/proc/{pid}/cwd"),
+    )
+    entries = await execute("query-block")
+    return GuestView(
+        version=await _version(execute),
+        status=await status(execute),
+        iothreads=bool(await execute("query-iothreads")),
+        disks=tuple([await _disk(execute, graph, e, pid) for e in entries if "inserted" in e]),
+        nodes=graph.names,
+        files=graph.files,
+        jobs=await jobs(execute),
+    )
+
+
+async def _version(execute: Execute) -> tuple[int, int, int]:
+    qemu = (await execute("query-version"))["qemu"]
+    return qemu["major"], qemu["minor"], qemu["micro"]
+
+
+async def _disk(
+    execute: Execute, graph: BlockGraph, entry: dict[str, Any], pid: int | None
+) -> Disk:
+    inserted = entry["inserted"]
+    root = inserted["node-name"]
+    filters, chain = graph.chain(root)
+    names = _names(entry, chain.active.node, root)
+    cache = inserted["cache"]
+    upper = [*filters, chain.active.node]
+    line = given(pid, set(names))
+    return Disk(
+        key=entry.get("qdev") or entry["device"],
+        name=names[0],
+        aliases=frozenset(names),
+        node=root,
+        chain=chain,
+        filters=tuple(node for node in filters if not graph.is_throttle(node)),
+        read_only=inserted["ro"],
+        jobs=graph.jobs_on([*filters, *(image.node for image in chain)]),
+        other_writers=graph.unnamed_writers(upper),
+        backing_given=line.backing,
+        device=await _device(execute, str(entry.get("qdev", ""))),
+        options=DiskOptions(
+            cache_direct=cache["direct"],
+            cache_no_flush=cache["no-flush"],
+            writeback=cache["writeback"],
+            detect_zeroes=inserted["detect_zeroes"],
+            **line.options,
+        ),
+    )
+
+
+async def _device(execute: Execute, qdev: str) -> str:
+    path = qdev if qdev.startswith("/") else f"/machine/peripheral/{qdev}"
+    try:
+        return str(await execute("qom-get", path=path, property="type"))
+    except CommandFailed:
+        return ""
+
+
+def _job(entry: dict[str, Any]) -> BlockJob:
+    return BlockJob(
+        id=entry["id"],
+        type=entry["type"],
+        status=JobStatus(entry["status"]),
+        done=entry["current-progress"],
+        total=entry["total-progress"],
+        error=entry.get("error"),
+    )
+
+
+def _names(entry: dict[str, Any], *nodes: str) -> list[str]:
+    """A disk's names, the best one first: device id, device name, node-names, QOM path."""
+    qdev = str(entry.get("qdev", ""))
+    device_id = qdev.removeprefix("/machine/peripheral/").partition("/")[0]
+    named = [node for node in nodes if not node.startswith("#")]
+    return [name for name in (device_id, entry["device"], *named, qdev) if name]

@@ -1,0 +1,189 @@
+"""Real libvirt domains with the disks of vm.py, under a libvirtd that the tests start.
+
+Without systemd, as root, in a mount namespace where libvirt's directories are empty and its
+own: a libvirtd of this machine and its domains are neither seen nor touched.
+"""
+
+import shutil
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import libvirt
+
+from tests.vm import BOOT_TIMEOUT_S, Bus, Disk, accelerator, ack_count, images, wait_for
+
+ENTER = """
+set -e
+mount --make-rprivate /
+for directory in /run /var/lib /var/log /var/cache /etc; do
+    mkdir -p $directory/libvirt
+    mount -t tmpfs none $directory/libvirt
+done
+mkdir /var/lib/libvirt/qemu
+cp qemu.conf /etc/libvirt/
+exec sleep infinity
+"""
+DAEMON = """
+unix_sock_dir = "{sockets}"
+auth_unix_rw = "none"
+log_outputs = "2:stderr"
+"""
+QEMU = """
+user = "root"
+group = "root"
+security_driver = "none"
+namespaces = []
+cgroup_controllers = []
+stdio_handler = "file"
+"""
+BUSES = {Bus.VIRTIO: ("virtio", "vd"), Bus.SCSI: ("scsi", "sd"), Bus.SATA: ("sata", "sd")}
+
+
+class Libvirtd:
+    """A libvirtd of its own, from entering the `with` block on; `uri` is for promoter."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        # Not in the directory: a socket's path has at most 107 bytes.
+        self._sockets = Path(tempfile.mkdtemp(prefix="libvirt-", dir="/tmp"))
+        self.uri = f"qemu+unix:///system?socket={self._sockets}/libvirt-sock"
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Self:
+        (self.directory / "qemu.conf").write_text(QEMU)
+        (self.directory / "libvirtd.conf").write_text(DAEMON.format(sockets=self._sockets))
+        self._holder = self._run("unshare", "--mount", "bash", "-c", ENTER)
+        wait_for(self._is_ready, "the mount namespace", 10)
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with self.connect() as connection:
+            for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
+                domain.destroy()
+        for process in reversed(self._processes):
+            process.kill()
+            process.wait()
+        shutil.rmtree(self._sockets)
+
+    def _is_ready(self) -> bool:
+        return Path(f"/proc/{self._holder.pid}/comm").read_text() == "sleep\n"
+
+    def _run(self, *command: str) -> subprocess.Popen[bytes]:
+        with (self.directory / "libvirtd.log").open("ab") as log:
+            process = subprocess.Popen(
+                ("setpriv", "--pdeathsig", "KILL", *command),
+                cwd=self.directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        self._processes.append(process)
+        return process
+
+    def start(self) -> None:
+        """Runs the daemon; it answers when this returns."""
+        enter = ("nsenter", "--target", str(self._holder.pid), "--mount")
+        config = ("-f", str(self.directory / "libvirtd.conf"))
+        self._run(*enter, "libvirtd", *config, "-p", str(self._sockets / "pid"))
+        wait_for(self._answers, "libvirtd", 30)
+
+    def _answers(self) -> bool:
+        try:
+            self.connect().close()
+        except libvirt.libvirtError:
+            return False
+        return True
+
+    def connect(self) -> libvirt.virConnect:
+        """A connection that is the tests' own."""
+        return libvirt.open(self.uri)
+
+
+class Domain:
+    """A persistent domain that runs from entering the `with` block on, until leaving it."""
+
+    def __init__(
+        self, libvirtd: Libvirtd, directory: Path, disks: Sequence[Disk], name: str = "web01"
+    ) -> None:
+        self.libvirtd, self.disks = libvirtd, tuple(disks)
+        self.name, self.uuid = name, uuid.uuid4()
+        self.console, self.log = directory / "console.log", directory / "acks.log"
+
+    def __enter__(self) -> Self:
+        self._connection = self.libvirtd.connect()
+        self.define()
+        try:
+            self.domain.create()
+        except libvirt.libvirtError:
+            self.domain.undefine()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.domain.isActive():
+            self.domain.destroy()
+        self.domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE)
+        self._connection.close()
+
+    def define(self) -> None:
+        """Gives libvirt the domain's definition, once more if need be."""
+        self.domain = self._connection.defineXML(self.xml())
+
+    def wait_for_acks(self, count: int, timeout: float = BOOT_TIMEOUT_S) -> None:
+        """Waits for `count` records more."""
+        wanted = ack_count(self.log) + count
+        wait_for(lambda: ack_count(self.log) >= wanted, f"{count} more records", timeout)
+
+    def shutdown(self, timeout: float = 60) -> None:
+        """Presses the power button and waits."""
+        self.domain.shutdown()
+        wait_for(lambda: not self.domain.isActive(), "the guest to power off", timeout)
+
+    def xml(self) -> str:
+        """The domain's definition; its first disk boots."""
+        boot = images()
+        disks = "".join(_disk(disk, index) for index, disk in enumerate(self.disks))
+        line = "console=ttyS0 quiet panic=-1 no_timer_check root=/dev/vda1 writer.rate=0"
+        kind = "qemu" if accelerator() == "tcg" else "kvm"
+        return f"""
+<domain type="{kind}">
+  <name>{self.name}</name><uuid>{self.uuid}</uuid>
+  <memory unit="MiB">256</memory>
+  <os>
+    <type arch="x86_64">hvm</type>
+    <kernel>{boot}/vmlinux</kernel><initrd>{boot}/initrd</initrd><cmdline>{line}</cmdline>
+  </os>
+  <features><acpi/></features>
+  <devices>
+    {disks}
+    <serial type="file"><source path="{self.console}" append="on"/><target port="0"/></serial>
+    <serial type="file"><source path="{self.log}" append="on"/><target port="1"/></serial>
+    <memballoon model="none"/>
+  </devices>
+</domain>"""
+
+
+def _disk(disk: Disk, index: int) -> str:
+    bus, prefix = BUSES[disk.bus]
+    return f"""
+    <disk type="file" device="disk">
+      <driver name="qemu" type="{disk.fmt}"/>
+      <source file="{disk.path}"/>
+      <target dev="{prefix}{chr(ord("a") + index)}" bus="{bus}"/>
+    </disk>"""

@@ -1,0 +1,136 @@
+"""Real libvirt domains: what promoter sees of them, and what it says when it cannot."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import libvirt
+import libvirt_qemu
+import pytest
+
+from tests import records
+from tests.cli import promoter
+from tests.domains import Domain, Libvirtd
+from tests.vm import Disk, base, blank, linked_clone
+
+
+@pytest.fixture(scope="module")
+def libvirtd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Libvirtd]:
+    libvirt.registerErrorHandler(lambda *_: None, None)  # it prints what it raises too
+    with Libvirtd(tmp_path_factory.mktemp("libvirtd")) as daemon:
+        yield daemon
+
+
+def chains(domain: Domain) -> list[dict[str, Any]]:
+    ran = promoter(Path(), "chain", domain.name, "--connect", domain.libvirtd.uri, "--json")
+    assert ran.code == 0, ran
+    disks: list[dict[str, Any]] = ran.result["disks"]
+    return disks
+
+
+def files(disk: dict[str, Any]) -> list[str]:
+    return [image["file"] for image in disk["chain"]]
+
+
+def test_a_domains_chains_are_shown_under_libvirts_names(
+    libvirtd: Libvirtd, tmp_path: Path
+) -> None:
+    clone = linked_clone(base(), tmp_path / "clone.qcow2")
+    data = blank(tmp_path / "data.qcow2", 1 << 20)
+    with Domain(libvirtd, tmp_path, [Disk(clone), Disk(data)]) as domain:
+        domain.wait_for_acks(20)
+        first, second = chains(domain)
+        assert (first["disk"], second["disk"]) == ("vda", "vdb")
+        chain = [str(clone), str(base())]
+        assert files(first) == chain
+        assert first["libvirt"] == {"chain": chain, "next_boot": str(clone)}
+        assert first["differences"] == second["differences"] == []
+        by_uuid = promoter(Path(), "chain", domain.uuid, "-c", libvirtd.uri)
+        assert "vda" in by_uuid.out
+        assert "libvirt believes" not in by_uuid.out
+        domain.shutdown()
+    records.check(clone, "qcow2", domain.log).raise_if_bad()
+
+
+def test_what_libvirt_believes_is_shown_where_it_is_wrong(
+    libvirtd: Libvirtd, tmp_path: Path
+) -> None:
+    clone = linked_clone(base(), tmp_path / "clone.qcow2")
+    snapshot, other = tmp_path / "snapshot.qcow2", tmp_path / "other.qcow2"
+    arguments = {
+        "node-name": "libvirt-1-format",
+        "snapshot-file": str(snapshot),
+        "snapshot-node-name": "mine",
+    }
+    command = {"execute": "blockdev-snapshot-sync", "arguments": arguments}
+    with Domain(libvirtd, tmp_path, [Disk(clone)]) as domain:
+        domain.wait_for_acks(20)
+        answer = libvirt_qemu.qemuMonitorCommand(domain.domain, json.dumps(command), 0)
+        assert "error" not in answer
+        persistent = domain.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+        domain.domain.connect().defineXML(persistent.replace(str(clone), str(other)))
+        (disk,) = chains(domain)
+        assert files(disk) == [str(snapshot), str(clone), str(base())]
+        assert disk["differences"] == [
+            f"libvirt believes: {clone} on {base()}",
+            f"the next boot opens: {other}",
+        ]
+        shown = promoter(Path(), "chain", domain.name, "-c", libvirtd.uri).out
+        assert "libvirt believes" in shown
+        assert "the next boot opens" in shown
+
+
+def test_a_transient_domain_has_no_next_boot(libvirtd: Libvirtd, tmp_path: Path) -> None:
+    clone = linked_clone(base(), tmp_path / "clone.qcow2")
+    with Domain(libvirtd, tmp_path, [Disk(clone)]) as domain:
+        domain.wait_for_acks(1)
+        domain.domain.undefine()
+        (disk,) = chains(domain)
+        domain.define()
+        assert disk["libvirt"]["next_boot"] is None
+        assert disk["differences"] == []
+
+
+def test_a_domain_that_is_not_there_or_does_not_run(libvirtd: Libvirtd, tmp_path: Path) -> None:
+    clone = linked_clone(base(), tmp_path / "clone.qcow2")
+    with Domain(libvirtd, tmp_path, [Disk(clone)]) as domain:
+        refused(["web02", "-c", libvirtd.uri], 3, "no such domain", "web02", "web01")
+        domain.domain.managedSave()
+        refused(["web01", "-c", libvirtd.uri], 3, "does not run", "virsh start", "managed-save")
+
+
+@pytest.mark.parametrize(
+    ("uri", "code", "words"),
+    [
+        ("test:///default", 4, ["TEST", "qemu:///system"]),
+        ("nonsense:///x", 3, ["nonsense:///x", "--connect"]),
+        ("qemu+unix:///system?socket=/nowhere/libvirt-sock", 3, ["libvirtd"]),
+    ],
+)
+def test_a_uri_that_leads_to_no_domain(uri: str, code: int, words: list[str]) -> None:
+    refused(["web01", "-c", uri], code, *words)
+
+
+def test_a_socket_that_may_not_be_opened(libvirtd: Libvirtd) -> None:
+    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable]
+    command += ["-m", "promoter", "chain", "web01", "-c", libvirtd.uri]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 3, ran
+    assert "group libvirt" in ran.stderr
+
+
+def test_a_domains_disks_are_not_promoted_yet(tmp_path: Path) -> None:
+    ran = promoter(tmp_path, "promote", "web01")
+    assert ran.code == 4
+    assert "libvirt" in ran.err
+
+
+def refused(words: list[str], code: int, *wanted: str) -> None:
+    ran = promoter(Path(), "chain", *words)
+    assert ran.code == code, ran
+    assert "Traceback" not in ran.err
+    for word in wanted:
+        assert word in ran.err, ran
