@@ -340,9 +340,9 @@ def test_a_guest_that_cannot_be_reached_is_said_so_promptly(place: Place, case: 
         assert_error(ran, 3, said, re.escape(str(path)))
 
 
-@pytest.mark.parametrize("command", ["promote", "chain"])
-def test_a_guest_without_a_slash_is_no_socket(tmp_path: Path, command: str) -> None:
-    assert_error(promoter(tmp_path / "state", command, "web1"), 4, "web1", "slash")
+def test_a_guest_without_a_slash_is_a_domain_and_not_promoted_yet(tmp_path: Path) -> None:
+    assert_error(promoter(tmp_path / "state", "promote", "web1"), 4, "web1", "libvirt", "slash")
+    assert listing(tmp_path) == {}
     assert listing(tmp_path) == {}
 
 
