@@ -103,12 +103,14 @@ class DiskOptions:
 
 @dataclass(frozen=True)
 class LibvirtDisk:
-    """What libvirt believes of a disk: the files of its chain, the active layer first, and
-    the file that the next boot opens, None for a transient domain or disk.
+    """What libvirt believes of a disk: the files of its chain, the active layer first; the
+    file that the next boot opens, None for a transient domain or disk; and the file that a
+    block job of its own copies to, if one does.
     """
 
     chain: tuple[str, ...]
     next_boot: str | None
+    mirror: str | None = None
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,19 @@ class Disk:
     def answers_to(self, name: str) -> bool:
         """Is ``name`` this disk's device id, device name or node-name?"""
         return name == self.name or name in self.aliases
+
+    @property
+    def differences(self) -> tuple[str, ...]:
+        """Where libvirt's picture of the disk is not QEMU's."""
+        if self.libvirt is None:
+            return ()
+        files = tuple(str(image.file or "") for image in self.chain)
+        found = []
+        if self.libvirt.chain != files:
+            found.append(f"libvirt believes: {' on '.join(self.libvirt.chain)}")
+        if self.libvirt.next_boot not in (None, files[0]):
+            found.append(f"the next boot opens: {self.libvirt.next_boot}")
+        return tuple(found)
 
 
 def image_spec(images: tuple[Image, ...]) -> str:

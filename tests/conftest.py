@@ -1,10 +1,13 @@
 """Fixtures of all tests."""
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
+import libvirt
 import pytest
 
+from tests.domains import Libvirtd
 from tests.vm import ROOT, newer_qemu, why_no_newer_qemu
 
 
@@ -33,6 +36,14 @@ class Coverage:
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # not in the workers of pytest -n
         config.pluginmanager.register(Coverage())
+
+
+@pytest.fixture(scope="session")
+def libvirtd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Libvirtd]:
+    """A libvirtd of the tests' own."""
+    libvirt.registerErrorHandler(lambda *_: None, None)  # it prints what it raises too
+    with Libvirtd(tmp_path_factory.mktemp("libvirtd")) as daemon:
+        yield daemon
 
 
 @pytest.fixture(params=["system", "newer"])

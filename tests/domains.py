@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
 
 import libvirt
 
@@ -95,8 +97,17 @@ class Libvirtd:
         """Runs the daemon; it answers when this returns."""
         enter = ("nsenter", "--target", str(self._holder.pid), "--mount")
         config = ("-f", str(self.directory / "libvirtd.conf"))
-        self._run(*enter, "libvirtd", *config, "-p", str(self._sockets / "pid"))
+        self._daemon = self._run(*enter, "libvirtd", *config, "-p", str(self._sockets / "pid"))
         wait_for(self._answers, "libvirtd", 30)
+
+    @property
+    def pid(self) -> int:
+        return self._daemon.pid
+
+    def restart(self) -> None:
+        """Waits for the daemon's end and runs it again."""
+        self._daemon.wait(60)
+        self.start()
 
     def _answers(self) -> bool:
         try:
@@ -121,14 +132,18 @@ class Domain:
         self.console, self.log = directory / "console.log", directory / "acks.log"
 
     def __enter__(self) -> Self:
-        self._connection = self.libvirtd.connect()
+        self._connect()
         self.define()
         try:
-            self.domain.create()
+            self.start()
         except libvirt.libvirtError:
             self.domain.undefine()
             raise
         return self
+
+    def _connect(self) -> None:
+        self._daemon = self.libvirtd.pid
+        self._connection = self.libvirtd.connect()
 
     def __exit__(
         self,
@@ -136,14 +151,54 @@ class Domain:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self.domain.isActive():
-            self.domain.destroy()
+        self.kill()
         self.domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE)
         self._connection.close()
 
+    @property
+    def address(self) -> list[object]:
+        """How promoter is told of this guest."""
+        return [self.name, "--connect", self.libvirtd.uri]
+
+    def start(self) -> None:
+        """Boots it as it is defined now."""
+        self.domain.create()
+
+    def kill(self) -> None:
+        """Pulls its plug."""
+        if self.domain.isActive():
+            self.domain.destroy()
+
+    def pause(self) -> None:
+        self.domain.suspend()
+
+    def cont(self) -> None:
+        self.domain.resume()
+
+    @property
+    def paused(self) -> bool:
+        return bool(self.domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED)
+
+    def files(self) -> list[str]:
+        """The file of each disk, as libvirt has it."""
+        return [source.get("file", "") for source in self._sources(0)]
+
+    def next_boot(self) -> list[str]:
+        """The file of each disk, as it is defined."""
+        return [s.get("file", "") for s in self._sources(libvirt.VIR_DOMAIN_XML_INACTIVE)]
+
+    def _sources(self, flags: int) -> list[Element]:
+        return ElementTree.fromstring(self.domain.XMLDesc(flags)).findall("devices/disk/source")
+
     def define(self) -> None:
         """Gives libvirt the domain's definition, once more if need be."""
-        self.domain = self._connection.defineXML(self.xml())
+        self._connection.defineXML(self.xml())
+
+    @property
+    def domain(self) -> libvirt.virDomain:
+        if self._daemon != self.libvirtd.pid:
+            self._connect()
+        return self._connection.lookupByName(self.name)
 
     def wait_for_acks(self, count: int, timeout: float = BOOT_TIMEOUT_S) -> None:
         """Waits for `count` records more."""

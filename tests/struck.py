@@ -1,8 +1,9 @@
 """promoter, struck at one point: ``python -m tests.struck POINT WHOM PID promote …``.
 
 POINT is a step of the journal ("before mirror") or a place inside the commit point; WHOM is
-killed there: promoter, qemu (PID), both, "promoter and guard", or "hang": promoter is stopped,
-not killed. Only here does anything reach into promoter.
+killed there: promoter, qemu or libvirtd (PID), both, "promoter and guard", or "hang": promoter
+is stopped, not killed. Inside a domain's switchover (`struck_pivot.py`) PID is libvirtd's, and
+WHOM promoter, libvirtd, itself, or some of them. Only here does anything reach into promoter.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from promoter.cli.main import app
 from promoter.guests.qmp import QmpGuest
+from promoter.operations import pivot
 from promoter.operations.promote import PromoteOperation
 from promoter.operations.promotion import Action, Do
 from promoter.storage import seed
@@ -24,7 +27,6 @@ from promoter.storage.names import Names
 
 STEPS = (
     Do.SEED,
-    Do.ATTACH,
     Do.MIRROR,
     Do.AWAIT_READY,
     Do.PREPARE,
@@ -36,6 +38,7 @@ INSIDE: dict[str, tuple[Any, str, bool]] = {
     # name: whose function, its name, struck before it (or after)
     "unnamed seed": (seed, "publish", True),
     "named seed": (seed, "publish", False),
+    "attached": (QmpGuest, "attach", False),
     "completing": (QmpGuest, "complete", False),
     "drained": (Names, "commit", True),
     "renamed": (Names, "commit", False),
@@ -49,8 +52,9 @@ POINTS = (*(f"before {do.name}" for do in STEPS), *INSIDE, "after TIDY")
 
 
 def strike(whom: str, pid: int) -> None:
-    if whom in ("qemu", "both"):
-        os.kill(pid, signal.SIGKILL)
+    if whom in ("qemu", "libvirtd", "both"):
+        with suppress(ProcessLookupError):  # struck before
+            os.kill(pid, signal.SIGKILL)
     if whom == "promoter and guard":
         for child in Path("/proc/self/task").glob("*/children"):
             for guard in child.read_text().split():
@@ -84,6 +88,13 @@ def striking(function: Callable[..., Any], hit: Callable[[], None], *, before: b
 
 
 def install(point: str, hit: Callable[[], None]) -> None:
+    from tests import struck_pivot  # which needs this module
+
+    if point in struck_pivot.POINTS:
+        os.environ["STRIKE"] = ",".join((point, *sys.argv[2:4]))
+        os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
+        pivot.__name__ = struck_pivot.__name__
+        return
     if inside := (INSIDE | AT_A_START).get(point):
         owner, name, before = inside
         setattr(owner, name, striking(getattr(owner, name), hit, before=before))
@@ -104,8 +115,8 @@ def install(point: str, hit: Callable[[], None]) -> None:
 
 def main() -> None:
     point, whom, pid = sys.argv[1:4]
-    sys.argv[1:4] = []
     install(point, lambda: strike(whom, int(pid)))
+    sys.argv[1:4] = []
     app()
 
 

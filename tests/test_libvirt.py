@@ -1,9 +1,9 @@
 """Real libvirt domains: what promoter sees of them, and what it says when it cannot."""
 
 import json
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,9 @@ import libvirt_qemu
 import pytest
 
 from tests import records
-from tests.cli import promoter
+from tests.cli import Ran, ended, promoter, start
 from tests.domains import Domain, Libvirtd
 from tests.vm import Disk, base, blank, linked_clone
-
-
-@pytest.fixture(scope="module")
-def libvirtd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Libvirtd]:
-    libvirt.registerErrorHandler(lambda *_: None, None)  # it prints what it raises too
-    with Libvirtd(tmp_path_factory.mktemp("libvirtd")) as daemon:
-        yield daemon
 
 
 def chains(domain: Domain) -> list[dict[str, Any]]:
@@ -128,3 +121,101 @@ def refused(words: list[str], code: int, *wanted: str) -> None:
     assert "Traceback" not in ran.err
     for word in wanted:
         assert word in ran.err, ran
+
+
+class Case:
+    """A domain on a linked clone, and a promotion of it."""
+
+    def __init__(self, libvirtd: Libvirtd, directory: Path) -> None:
+        self.libvirtd, self.directory = libvirtd, directory
+        self.clone = linked_clone(base(), directory / "clone.qcow2")
+        self.domain = Domain(libvirtd, directory, [Disk(self.clone)])
+        self.state = directory / "state"
+
+    def strike(self, point: str, whom: str, *words: str) -> subprocess.Popen[str]:
+        promote = ("promote", *self.domain.address, *words, "--json")
+        return start(self.state, point, whom, self.libvirtd.pid, *promote, module="tests.struck")
+
+    def resume(self) -> Ran:
+        return promoter(self.state, "job", "resume", "--json")
+
+    def prove(self, *, promoted: bool) -> None:
+        """libvirt, QEMU and the files agree, now and at the next boot; nothing was lost."""
+        self.domain.wait_for_acks(40)
+        (disk,) = chains(self.domain)
+        assert disk["differences"] == []
+        assert (disk["jobs"], len(disk["chain"])) == ([], 1 if promoted else 2)
+        assert self.domain.next_boot() == self.domain.files() == files(disk)[:1]
+        self.domain.kill()
+        self.domain.start()
+        self.domain.wait_for_acks(40)
+        self.domain.kill()
+        (new,) = self.domain.next_boot()
+        assert (Path(new) == self.clone) is not promoted
+        left = {path.name for path in self.directory.glob("*.qcow2*")} - {Path(new).name}
+        assert len(left) == promoted
+        records.check(Path(new), "qcow2", self.domain.log).raise_if_bad()
+
+
+@pytest.fixture
+def case(libvirtd: Libvirtd, tmp_path: Path) -> Case:
+    return Case(libvirtd, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("point", "words"),
+    [
+        ("unnamed seed", []),
+        ("before AWAIT_READY", ["--speed", "20M"]),
+        ("before SWITCH_OVER", []),
+        ("suspended", []),
+        ("pivoted", []),
+        ("defined", []),
+        ("before TIDY", []),
+    ],
+)
+def test_a_libvirtd_that_is_killed_and_comes_back_is_no_hindrance(
+    case: Case, point: str, words: list[str]
+) -> None:
+    with case.domain as domain:
+        domain.wait_for_acks(60)
+        promoting = case.strike(point, "libvirtd", *words)
+        case.libvirtd.restart()
+        promoted = ended(promoting)
+        assert promoted.code == 0, promoted
+        case.prove(promoted=True)
+
+
+@pytest.mark.parametrize("point", ["before AWAIT_READY", "before SWITCH_OVER"])
+def test_promoter_and_libvirtd_are_killed_and_resume_finishes(case: Case, point: str) -> None:
+    with case.domain as domain:
+        domain.wait_for_acks(60)
+        assert ended(case.strike(point, "both", "--speed", "20M")).code == -signal.SIGKILL
+        case.libvirtd.restart()
+        domain.wait_for_acks(20)
+        resumed = case.resume()
+        assert resumed.code == 0, resumed.out
+        case.prove(promoted=True)
+
+
+@pytest.mark.parametrize("whom", ["promoter", "itself", "promoter itself", "promoter libvirtd"])
+@pytest.mark.parametrize("point", ["suspended", "pivoted", "defined"])
+def test_no_death_in_the_switchover_leaves_a_domain_suspended(
+    case: Case, point: str, whom: str
+) -> None:
+    with case.domain as domain:
+        domain.wait_for_acks(60)
+        promoting = case.strike(point, whom)
+        if "libvirtd" in whom:
+            case.libvirtd.restart()
+        ran = ended(promoting)
+        assert (ran.code == -signal.SIGKILL) is ("promoter" in whom), ran
+        if whom == "promoter itself":
+            assert domain.paused
+        else:
+            domain.wait_for_acks(20)
+        if "promoter" in whom:
+            ran = case.resume()
+        promoted = whom != "itself" or point != "suspended"
+        assert ran.code == (0 if promoted else 6), ran
+        case.prove(promoted=promoted)

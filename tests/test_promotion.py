@@ -115,13 +115,13 @@ def check_decision(intent: Promotion, seen: Seen) -> None:
             assert not intent.failure
             assert all(d.job is Job.NONE and d.unchanged and not d.attached for d in seeded)
             assert all(d.target is Target.ABSENT for d in seeded)
-        case Do.ATTACH | Do.MIRROR | Do.REPLAN:
+        case Do.MIRROR | Do.REPLAN:
             assert disk
             assert not intent.failure
             assert disk.job is Job.NONE
             assert disk.unchanged or action.do is Do.REPLAN
-            assert disk.attached is (action.do is Do.MIRROR)
             assert (disk.target is Target.ABSENT) is (action.do is Do.REPLAN)
+            assert disk.attached or disk.target is not Target.USED
         case Do.SWITCH_OVER:
             assert not intent.failure
             rest = [d for d in disks if not d.switched]
@@ -215,10 +215,9 @@ def acted(world: World, action: Action) -> list[World]:
     match action.do:
         case Do.SEED:
             return [world.with_seen(target=Target.USED), world.with_seen(target=Target.SEEDED)]
-        case Do.ATTACH:
-            return [world.with_seen(attached=True)]
         case Do.MIRROR:
-            return [world.with_seen(job=Job.RUNNING, target=Target.USED)]
+            attached = world.with_seen(attached=True)
+            return [attached, attached.with_seen(job=Job.RUNNING, target=Target.USED)]
         case Do.AWAIT_READY:
             return [world.with_seen(job=Job.READY)]
         case Do.PREPARE:

@@ -423,6 +423,25 @@ class VM:
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         return self._other.execute(command, named)
 
+    @property
+    def address(self) -> list[object]:
+        """How promoter is told of this guest."""
+        return [self.monitor]
+
+    def pause(self) -> None:
+        self.qmp("stop")
+
+    def cont(self) -> None:
+        self.qmp("cont")
+
+    @property
+    def paused(self) -> bool:
+        return bool(self.qmp("query-status")["status"] == "paused")
+
+    def files(self) -> list[str]:
+        """The file of each disk, as QEMU has it."""
+        return [entry["inserted"]["file"] for entry in self.qmp("query-block")]
+
     def acks(self) -> list[Ack]:
         """What the writer said so far, over all runs."""
         return read_acks(self.log) if self.log.exists() else []

@@ -86,8 +86,7 @@ def parse_speed(text: str, where: str = "--speed") -> int:
     return speed
 
 
-Guest = Annotated[str, typer.Argument(help="The path of the guest's QMP socket.")]
-AnyGuest = Annotated[str, typer.Argument(help="A libvirt domain, or the path of a QMP socket.")]
+Guest = Annotated[str, typer.Argument(help="A libvirt domain, or the path of a QMP socket.")]
 Connect = Annotated[
     str,
     typer.Option(
@@ -111,7 +110,7 @@ State = Annotated[
 
 
 @app.command()
-def chain(guest: AnyGuest, connect: Connect = DEFAULT_URI, as_json: Json = False) -> None:
+def chain(guest: Guest, connect: Connect = DEFAULT_URI, as_json: Json = False) -> None:
     """Show the backing chain of each disk as the running guest has it.
 
     Of a libvirt domain also what libvirt believes, where that differs.
@@ -130,10 +129,13 @@ def promote(
     state: State,
     disks: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[DISK]...", help="Device id or node-name; default: every disk."),
+        typer.Argument(
+            metavar="[DISK]...", help="Target (vda), device id or node-name; default: every disk."
+        ),
     ] = None,
+    connect: Connect = DEFAULT_URI,
     target: Annotated[
-        Path | None, typer.Option(help="The new disk's file; default: in place.")
+        Path | None, typer.Option(help="The new disk's file; default: see above.")
     ] = None,
     target_dir: Annotated[
         Path | None, typer.Option(help="Directory for the new disks, under their own names.")
@@ -179,8 +181,9 @@ def promote(
 ) -> None:
     """Turn running linked clones into full clones.
 
-    In place by default: the path that the guest's command line names becomes the full clone,
-    and the old overlay is kept beside it.
+    A plain guest's by default in place: the path that its command line names becomes the full
+    clone. A domain's beside its old disk: libvirt's definition gets the new name. The old overlay
+    is kept.
     """
     if target and target_dir:
         raise typer.BadParameter("--target and --target-dir exclude each other")
@@ -200,7 +203,7 @@ def promote(
         lose=tuple(lose or ()),
     )
     output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
-    run.finish(run.promote(guest, choices, state, output, dry_run=dry_run), output)
+    run.finish(run.promote(guest, connect, choices, state, output, dry_run=dry_run), output)
 
 
 @job_app.command("list")

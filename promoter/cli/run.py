@@ -50,34 +50,32 @@ def _fail(error: PromoterError, output: Output) -> None:
 
 async def look(name: str, uri: str) -> GuestView:
     """One look at the running guest that ``name`` means; domains are those of ``uri``."""
-    is_path = "/" in name
-    guest = await (QmpGuest.connect(_path(name)) if is_path else LibvirtGuest.connect(name, uri))
+    guest = await connect(name, uri)
     try:
         return await guest.look()
     finally:
         await guest.close()
 
 
-async def connect(name: str) -> Guest:
-    """The running guest that ``name`` means: the path of its QMP socket."""
-    if "/" not in name:
-        raise Refused(
-            f"{name} is not the path of a QMP socket",
-            "Disks of libvirt domains cannot be promoted yet. The path of a socket has a slash in"
-            " it: ./monitor.sock",
-        )
-    return await QmpGuest.connect(_path(name))
+async def connect(name: str, uri: str) -> Guest:
+    """The running guest that ``name`` means: a domain of ``uri``, or the path of a socket."""
+    if "/" in name:
+        return await QmpGuest.connect(Path(name).absolute())
+    return await LibvirtGuest.connect(name, uri)
 
 
-def _path(name: str) -> Path:
-    return Path(name).absolute()
+async def connect_again(promotion: Promotion) -> Guest:
+    """The guest of a promotion; a domain also when it does not run any more."""
+    if domain := promotion.domain:
+        return await LibvirtGuest.connect(domain.uuid, domain.uri, running=False)
+    return await QmpGuest.connect(Path(promotion.guest))
 
 
 async def promote(
-    name: str, choices: Choices, state: Path, output: Output, *, dry_run: bool
+    name: str, uri: str, choices: Choices, state: Path, output: Output, *, dry_run: bool
 ) -> None:
     """Plan, and unless it is a dry run, promote."""
-    guest = await connect(name)
+    guest = await connect(name, uri)
     try:
         made = await plan(guest, new_id(), choices)
         output.plan(made, dry_run=dry_run)
@@ -153,7 +151,7 @@ async def _run(
 ) -> tuple[Sequence[DiskReport], dict[str, bool]]:
     progress = partial(output.progress, promotion.id)
     step = partial(output.step, promotion.id)
-    operation = PromoteOperation(promotion, journal, connect, progress, step)
+    operation = PromoteOperation(promotion, journal, connect_again, progress, step)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, operation.cancel)
     loop.add_signal_handler(signal.SIGTERM, operation.stop)

@@ -32,7 +32,7 @@ def tree(guest: str, view: GuestView) -> Tree:
         branch = top = root.add(f"[bold]{escape(disk.name)}[/] {kind}{access}")
         for image in disk.chain:
             branch = branch.add(_describe(image, shared_by(view, disk, image)))
-        for difference in differences(disk):
+        for difference in disk.differences:
             top.add(f"[yellow]{escape(difference)}[/]")
     return root
 
@@ -54,24 +54,11 @@ def chain_fields(guest: str, view: GuestView) -> dict[str, Any]:
                     for image in disk.chain
                 ],
                 "libvirt": asdict(disk.libvirt) if disk.libvirt else None,
-                "differences": differences(disk),
+                "differences": disk.differences,
             }
             for disk in view.disks
         ],
     }
-
-
-def differences(disk: Disk) -> list[str]:
-    """Where libvirt's picture of a disk is not QEMU's."""
-    if disk.libvirt is None:
-        return []
-    files = tuple(str(image.file or "") for image in disk.chain)
-    found = []
-    if disk.libvirt.chain != files:
-        found.append(f"libvirt believes: {' on '.join(disk.libvirt.chain)}")
-    if disk.libvirt.next_boot not in (None, files[0]):
-        found.append(f"the next boot opens: {disk.libvirt.next_boot}")
-    return found
 
 
 def shared_by(view: GuestView, disk: Disk, image: Image) -> list[str]:

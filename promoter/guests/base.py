@@ -7,18 +7,24 @@ decision rests on. The acts are single hypervisor commands. After
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from promoter.blockjob import BlockJob, JobStatus
 from promoter.chain import Disk, DiskOptions
 from promoter.errors import JobFailed, Unreachable
 
+SHUTOFF = "shutoff"
+
 
 class ConnectionLost(Unreachable):
     """The monitor closed in mid-operation; what the guest did last is unknown."""
+
+
+class NoGuest(Unreachable):
+    """There is no such guest: whoever manages the host's guests knows none of that name."""
 
 
 class CommandFailed(JobFailed):
@@ -27,7 +33,10 @@ class CommandFailed(JobFailed):
 
 @dataclass(frozen=True)
 class GuestView:
-    """One look at a guest. ``status`` is QAPI's ``RunState``; ``iothreads``: has it any?"""
+    """One look at a guest. ``status`` is QAPI's ``RunState``, or "shutoff" for a domain that
+    does not run; ``iothreads``: has it any? ``defined`` has the files that a domain's persistent
+    definition names, by disk; None for a transient one and for plain QEMU.
+    """
 
     version: tuple[int, int, int]
     status: str
@@ -36,6 +45,11 @@ class GuestView:
     nodes: frozenset[str]
     jobs: dict[str, BlockJob]
     files: frozenset[str]
+    defined: Mapping[str, str] | None = None
+
+    @property
+    def runs(self) -> bool:
+        return self.status != SHUTOFF
 
     def disk(self, name: str) -> Disk | None:
         """The disk that answers to ``name``."""
@@ -46,7 +60,8 @@ class GuestView:
 class MirrorSpec:
     """One mirror: ``blockdev-mirror`` from a disk's root node onto a target node.
 
-    ``replaces`` is the node that the target takes the place of: the active layer.
+    ``replaces`` is the node that the target takes the place of: the active layer. ``target``
+    is the target's node; plain QEMU opens ``file`` as it beforehand, libvirt names its own.
     ``sync`` is "top" (the active layer only, onto a seeded target) or "full".
     ``granularity`` is in bytes, ``speed`` in bytes per second (0: no limit).
     """
@@ -55,6 +70,9 @@ class MirrorSpec:
     source: str
     replaces: str
     target: str
+    file: Path
+    format: str
+    options: DiskOptions
     sync: str
     granularity: int
     copy_mode: str
@@ -68,23 +86,10 @@ class Guest(Protocol):
     def name(self) -> str: ...
 
     @property
-    def pid(self) -> int:
-        """The process id of the guest's QEMU."""
-
-    @property
-    def monitor_fd(self) -> int:
-        """The file descriptor of the control connection, for the switchover's guard."""
+    def pid(self) -> int | None:
+        """The process id of the guest's QEMU, None when that is not on this host."""
 
     async def look(self) -> GuestView: ...
-
-    async def attach(self, node: str, file: Path, image_format: str, options: DiskOptions) -> None:
-        """Open ``file`` as a node without a backing file (``blockdev-add``)."""
-
-    async def detach(self, node: str) -> None:
-        """Close a node made by `attach` (``blockdev-del``)."""
-
-    async def drop(self, node: str) -> bool:
-        """Close a node unless something uses it; tells whether it is closed."""
 
     async def status(self) -> str:
         """QAPI's ``RunState``."""
@@ -100,15 +105,8 @@ class Guest(Protocol):
     async def set_speed(self, job: str, speed: int) -> None:
         """Limit a block job to ``speed`` bytes per second, 0 for no limit."""
 
-    async def write_blocking(self, job: str) -> None:
-        """Have a background mirror write to both disks from now on, if this QEMU can."""
-
     async def job(self, job: str) -> BlockJob | None:
         """The job as it is now."""
-
-    async def complete(self, job: str) -> None: ...
-
-    async def finalize(self, job: str) -> None: ...
 
     async def cancel(self, job: str) -> None: ...
 
@@ -125,10 +123,69 @@ class Guest(Protocol):
         ``tick`` is called at every change and at least every fifth of a second.
         """
 
+    async def gone(self) -> None:
+        """Return when the connection to the guest is lost, or the guest has ended."""
+
+    async def close(self) -> None: ...
+
+
+@runtime_checkable
+class PlainGuest(Guest, Protocol):
+    """A QEMU whose monitor is promoter's: every step of a job is its own to take."""
+
+    @property
+    def monitor_fd(self) -> int:
+        """The file descriptor of the control connection, for the switchover's guard."""
+
+    async def attach(self, spec: MirrorSpec) -> None:
+        """Open the target as a node without a backing file (``blockdev-add``). Repeatable."""
+
+    async def detach(self, node: str) -> None:
+        """Close a node made by `attach` (``blockdev-del``)."""
+
+    async def drop(self, node: str) -> bool:
+        """Close a node unless something uses it; tells whether it is closed."""
+
+    async def write_blocking(self, job: str) -> None:
+        """Have a background mirror write to both disks from now on, if this QEMU can."""
+
+    async def complete(self, job: str) -> None: ...
+
+    async def finalize(self, job: str) -> None: ...
+
     def transition_time(self, job: str, status: JobStatus) -> float | None:
         """When the hypervisor says ``job`` entered ``status``: seconds of its clock."""
 
-    async def gone(self) -> None:
-        """Return when the connection to the guest is lost."""
 
-    async def close(self) -> None: ...
+@runtime_checkable
+class Domain(Guest, Protocol):
+    """A guest whose monitor is libvirt's. Its jobs have the names of their disks."""
+
+    @property
+    def uri(self) -> str:
+        """Where libvirt answers."""
+
+    @property
+    def uuid(self) -> str: ...
+
+    async def pivot(self, disk: str) -> None:
+        """Switch a disk to the copy that is ready (``virDomainBlockJobAbort``, ``PIVOT``)."""
+
+    async def define(self, disks: Mapping[str, DefinedDisk]) -> None:
+        """Have the persistent definition, if there is one, name these files, by disk.
+
+        libvirt has written and flushed the file then, not its directory
+        (``virDomainDefineXML``).
+        """
+
+    @property
+    def definitions(self) -> Path | None:
+        """The directory of the definitions, None when it is not on this host."""
+
+
+@dataclass(frozen=True)
+class DefinedDisk:
+    """What a domain's definition says of a disk."""
+
+    file: Path
+    format: str

@@ -1,7 +1,8 @@
 """A libvirt domain. libvirt owns QEMU's monitor; its view is compared with QEMU's own.
 
-libvirt's calls block, so each runs in a thread. What libvirt does not report, such as QEMU's
-block graph, is read by pass-through; nothing is ever changed that way.
+libvirt's calls block, so each runs in a thread, and another one waits for its events: its
+adapter for asyncio is no good among threads. What libvirt does not report, such as QEMU's block
+graph, is read by pass-through; nothing is ever changed that way.
 Source: libvirt's ``virConnect*`` and ``virDomain*``, ``virDomainQemuMonitorCommand``, and the
 domain XML's ``<disk>`` with its ``<source>``, ``<backingStore>`` and ``<alias>``.
 """
@@ -11,30 +12,42 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 from xml.etree import ElementTree
-from xml.etree.ElementTree import Element
+from xml.etree.ElementTree import Element, SubElement
 
 import libvirt
 import libvirt_qemu
 
+from promoter.blockjob import BlockJob, JobStatus
 from promoter.chain import Disk, LibvirtDisk
 from promoter.errors import Refused, Unreachable
 from promoter.guests import view
-from promoter.guests.base import CommandFailed, ConnectionLost, GuestView
+from promoter.guests.base import (
+    SHUTOFF,
+    CommandFailed,
+    ConnectionLost,
+    DefinedDisk,
+    GuestView,
+    MirrorSpec,
+    NoGuest,
+)
 
 DEFAULT_URI = "qemu:///system"
-LOST = frozenset(
-    {
-        libvirt.VIR_ERR_INTERNAL_ERROR,
-        libvirt.VIR_ERR_INVALID_CONN,
-        libvirt.VIR_ERR_RPC,
-        libvirt.VIR_ERR_SYSTEM_ERROR,
-    }
-)
+DEFINITION = libvirt.VIR_DOMAIN_XML_INACTIVE
+KEEPALIVE, KEEPALIVES = 5, 3  # seconds between them, and how many may stay unanswered
+ENDINGS = {
+    libvirt.VIR_DOMAIN_BLOCK_JOB_COMPLETED: None,
+    libvirt.VIR_DOMAIN_BLOCK_JOB_CANCELED: "Operation canceled",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_FAILED: "libvirt does not say why; the log of its QEMU may",
+}
+OF_THE_CONNECTION = frozenset({libvirt.VIR_FROM_RPC, libvirt.VIR_FROM_REMOTE})
 DENIED = frozenset(
     {
         libvirt.VIR_ERR_AUTH_CANCELLED,
@@ -47,52 +60,187 @@ T = TypeVar("T")
 
 
 class LibvirtGuest:
-    """One running domain."""
+    """One domain."""
 
     def __init__(self, uri: str, connection: libvirt.virConnect, domain: libvirt.virDomain) -> None:
         self._uri = uri
         self._connection = connection
         self._domain = domain
         self._pid = _pid(domain.UUIDString()) if _is_local(connection.getURI()) else None
+        self._changed = asyncio.Event()
+        self._gone = asyncio.Event()
+        self._ended: dict[str, BlockJob] = {}
 
     @classmethod
-    async def connect(cls, name: str, uri: str) -> LibvirtGuest:
-        """Find the running domain of this name or UUID.
+    async def connect(cls, name: str, uri: str, *, running: bool = True) -> LibvirtGuest:
+        """Find the domain of this name or UUID.
 
         Raises `Unreachable` when libvirt does not answer at ``uri``, when there is no such
-        domain and when it does not run; `Refused` when the driver there is not QEMU's.
+        domain and when it does not run, but has to; `Refused` when the driver there is not
+        QEMU's.
         """
-        return await asyncio.to_thread(cls._connect, name, uri)
-
-    @classmethod
-    def _connect(cls, name: str, uri: str) -> LibvirtGuest:
-        libvirt.registerErrorHandler(lambda *_: None, None)  # it prints what it raises too
+        _start_events()
         try:
-            connection = libvirt.open(uri)
-            return cls(uri, connection, _find(connection, name, uri))
+            connection = await asyncio.to_thread(libvirt.open, uri)
+            domain = await asyncio.to_thread(_find, connection, name, uri, running=running)
+            guest = cls(uri, connection, domain)
+            await asyncio.to_thread(guest._listen, asyncio.get_running_loop())
         except libvirt.libvirtError as error:
             raise Unreachable(f"no answer from {uri}: {error}", _hint(error)) from error
+        return guest
+
+    def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
+        def later(function: Callable[..., None]) -> Callable[..., None]:
+            def call(_: libvirt.virConnect, *arguments: object) -> None:
+                with suppress(RuntimeError):  # the loop has ended
+                    loop.call_soon_threadsafe(function, *arguments)
+
+            return call
+
+        register = partial(self._connection.domainEventRegisterAny, self._domain)
+        register(libvirt.VIR_DOMAIN_EVENT_ID_BLOCK_JOB_2, later(self._on_job), None)
+        register(libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, later(self._on_lifecycle), None)
+        self._connection.registerCloseCallback(later(self._on_close), None)
+        self._connection.setKeepAlive(KEEPALIVE, KEEPALIVES)
+
+    def _on_job(self, _: object, disk: str, kind: int, status: int, _opaque: object) -> None:
+        if kind == libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COPY and status in ENDINGS:
+            ended = BlockJob(disk, "copy", JobStatus.CONCLUDED, error=ENDINGS[status])
+            self._ended[disk] = ended
+        self._changed.set()
+
+    def _on_lifecycle(self, _: object, event: int, _detail: int, _opaque: object) -> None:
+        if event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
+            self._gone.set()
+
+    def _on_close(self, _reason: int, _opaque: object) -> None:
+        self._gone.set()
 
     @property
     def name(self) -> str:
         return str(self._domain.name())
 
+    @property
+    def uri(self) -> str:
+        return self._uri
+
+    @property
+    def uuid(self) -> str:
+        return str(self._domain.UUIDString())
+
+    @property
+    def pid(self) -> int | None:
+        return self._pid
+
     async def look(self) -> GuestView:
-        """The domain as QEMU has it, its disks named as libvirt names them.
+        """The domain as QEMU has it, its disks and jobs named as libvirt names them.
 
         Raises `CommandFailed`, `ConnectionLost` when libvirtd or the guest is gone, and
         `Refused` when the QEMU is older than 7.2.
         """
+        defined = None
+        if await self._call(self._domain.isPersistent):
+            defined = {name: _source(e) for name, e in _disks(await self._xml(DEFINITION)).items()}
+        if not await self._call(self._domain.isActive):
+            nothing = (frozenset[str](), dict[str, BlockJob](), frozenset[str]())
+            return GuestView((0, 0, 0), SHUTOFF, False, (), *nothing, defined)
         await view.check_version(self._query, self.name)
         seen = await view.take(self._query, self.name, self._pid)
         live = _disks(await self._xml(0))
-        persistent = {}
-        if await self._call(self._domain.isPersistent):
-            persistent = _disks(await self._xml(libvirt.VIR_DOMAIN_XML_INACTIVE))
-        return replace(seen, disks=tuple(_named(disk, live, persistent) for disk in seen.disks))
+        jobs = {name: job for name in live if (job := await self.job(name))}
+        disks = tuple(_named(disk, live, defined or {}) for disk in seen.disks)
+        return replace(seen, disks=disks, jobs=jobs, defined=defined)
+
+    async def status(self) -> str:
+        return await view.status(self._query)
+
+    async def stop(self) -> None:
+        await self._call(self._domain.suspend)
+
+    async def cont(self) -> None:
+        await self._call(self._domain.resume)
+
+    async def mirror(self, spec: MirrorSpec) -> None:
+        self._ended.pop(spec.job, None)
+        disk = Element("disk", type="file")
+        SubElement(disk, "driver", type=spec.format)
+        SubElement(disk, "source", file=str(spec.file))
+        SubElement(disk, "backingStore")  # an empty one: nothing lies below
+        flags = libvirt.VIR_DOMAIN_BLOCK_COPY_REUSE_EXT
+        flags |= libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
+        if spec.sync == "top":
+            flags |= libvirt.VIR_DOMAIN_BLOCK_COPY_SHALLOW
+        if spec.copy_mode == "write-blocking":
+            flags |= libvirt.VIR_DOMAIN_BLOCK_COPY_SYNCHRONOUS_WRITES
+        await self._call(
+            self._domain.blockCopy,
+            spec.job,
+            ElementTree.tostring(disk, "unicode"),
+            {
+                libvirt.VIR_DOMAIN_BLOCK_COPY_GRANULARITY: spec.granularity,
+                libvirt.VIR_DOMAIN_BLOCK_COPY_BANDWIDTH: spec.speed,
+            },
+            flags,
+        )
+
+    async def set_speed(self, job: str, speed: int) -> None:
+        in_bytes = libvirt.VIR_DOMAIN_BLOCK_JOB_SPEED_BANDWIDTH_BYTES
+        await self._call(self._domain.blockJobSetSpeed, job, speed, in_bytes)
+
+    async def job(self, job: str) -> BlockJob | None:
+        """The block job that runs on the disk of this name, or how its last one ended."""
+        disk = _disks(await self._xml(0)).get(job)
+        mirror = None if disk is None else disk.find("mirror")
+        if mirror is None:
+            return self._ended.get(job)
+        in_bytes = libvirt.VIR_DOMAIN_BLOCK_JOB_INFO_BANDWIDTH_BYTES
+        info = await self._call(self._domain.blockJobInfo, job, in_bytes)
+        status = JobStatus.READY if mirror.get("ready") == "yes" else JobStatus.RUNNING
+        kind = mirror.get("job", "")
+        return BlockJob(job, kind, status, info.get("cur", 0), info.get("end", 0))
+
+    async def cancel(self, job: str) -> None:
+        await self._call(self._domain.blockJobAbort, job, 0)
+
+    async def dismiss(self, job: str) -> None:
+        self._ended.pop(job, None)
+
+    async def wait_for(
+        self,
+        job: str,
+        wanted: Collection[JobStatus],
+        tick: Callable[[BlockJob], None],
+    ) -> BlockJob | None:
+        return await view.wait_for(partial(self.job, job), self._changed, wanted, tick)
+
+    async def pivot(self, disk: str) -> None:
+        await self._call(self._domain.blockJobAbort, disk, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+
+    async def define(self, disks: Mapping[str, DefinedDisk]) -> None:
+        if not await self._call(self._domain.isPersistent):
+            return
+        definition = await self._xml(DEFINITION | libvirt.VIR_DOMAIN_XML_SECURE)
+        for name, element in _disks(definition).items():
+            if name in disks:
+                _point(element, disks[name])
+        text = ElementTree.tostring(definition, "unicode")
+        await self._call(self._connection.defineXML, text)
+
+    @property
+    def definitions(self) -> Path | None:
+        if self._pid is None:
+            return None
+        if self._connection.getURI().endswith("/session"):
+            config = os.environ.get("XDG_CONFIG_HOME")
+            return (Path(config) if config else Path.home() / ".config") / "libvirt/qemu"
+        return Path(f"/proc/{self._pid}/root/etc/libvirt/qemu")  # QEMU's /etc is libvirtd's
+
+    async def gone(self) -> None:
+        await self._gone.wait()
 
     async def close(self) -> None:
-        await asyncio.to_thread(self._connection.close)
+        with suppress(libvirt.libvirtError):  # its own end is no news to who closes it
+            await asyncio.to_thread(self._connection.close)
 
     async def _xml(self, flags: int) -> Element:
         return ElementTree.fromstring(await self._call(self._domain.XMLDesc, flags))
@@ -111,14 +259,34 @@ class LibvirtGuest:
         try:
             return await asyncio.to_thread(function, *arguments)
         except libvirt.libvirtError as error:
-            code = error.get_error_code()
-            lost = code in LOST and not self._connection.isAlive()
-            if lost or code == libvirt.VIR_ERR_OPERATION_INVALID:  # it does not run any more
+            if await asyncio.to_thread(self._is_lost, error):
                 raise ConnectionLost(f"{self.name} on {self._uri}: {error}") from error
             raise CommandFailed(f"{self.name}: {error}") from error
 
+    def _is_lost(self, error: libvirt.libvirtError) -> bool:
+        """Did a call fail because libvirtd or the guest is gone?"""
+        try:
+            gone = error.get_error_domain() in OF_THE_CONNECTION
+            return gone or not (self._connection.isAlive() and self._domain.isActive())
+        except libvirt.libvirtError:
+            return True
 
-def _find(connection: libvirt.virConnect, name: str, uri: str) -> libvirt.virDomain:
+
+@cache
+def _start_events() -> None:
+    libvirt.registerErrorHandler(lambda *_: None, None)  # it prints what it raises too
+    libvirt.virEventRegisterDefaultImpl()
+
+    def run() -> None:
+        while True:
+            libvirt.virEventRunDefaultImpl()
+
+    threading.Thread(target=run, name="libvirt events", daemon=True).start()
+
+
+def _find(
+    connection: libvirt.virConnect, name: str, uri: str, *, running: bool
+) -> libvirt.virDomain:
     if connection.getType() != "QEMU":
         raise Refused(
             f"{uri} has no QEMU guests: its driver is {connection.getType()}",
@@ -128,11 +296,11 @@ def _find(connection: libvirt.virConnect, name: str, uri: str) -> libvirt.virDom
     found = next((d for d in domains if name in (d.name(), d.UUIDString())), None)
     if found is None:
         known = ", ".join(sorted(d.name() for d in domains if d.isActive())) or "none"
-        raise Unreachable(
+        raise NoGuest(
             f"no such domain on {uri}: {name}",
             f"Those that run are: {known}. The path of a QMP socket has a slash in it.",
         )
-    if not found.isActive():
+    if running and not found.isActive():
         saved = found.hasManagedSaveImage()
         how = "It has a managed-save image, so it goes on from there." if saved else ""
         raise Unreachable(f"{name} does not run", f"Start it: virsh start {name}. {how}".strip())
@@ -169,15 +337,39 @@ def _disks(domain: Element) -> dict[str, Element]:
     return {_get(disk, "target", "dev"): disk for disk in domain.iterfind("devices/disk")}
 
 
-def _named(disk: Disk, live: dict[str, Element], persistent: dict[str, Element]) -> Disk:
+def _named(disk: Disk, live: dict[str, Element], defined: Mapping[str, str]) -> Disk:
     """The disk under libvirt's name for it, with what libvirt believes of it."""
     for target, element in live.items():
         alias = _get(element, "alias", "name")
         if alias and disk.answers_to(alias):
-            at_boot = next(iter(_sources(persistent[target])), "") if target in persistent else None
-            believed = LibvirtDisk(tuple(_sources(element)), at_boot)
+            mirror = element.find("mirror")
+            copied_to = None if mirror is None else _source(mirror)
+            believed = LibvirtDisk(tuple(_sources(element)), defined.get(target), copied_to)
             return replace(disk, name=target, aliases=disk.aliases | {target}, libvirt=believed)
     return disk
+
+
+def _source(element: Element) -> str:
+    """The file of a disk or of its copy; "" when it is no file."""
+    return next(_sources(element), "")
+
+
+def _point(disk: Element, to: DefinedDisk) -> None:
+    """Have a disk's definition name another file, with nothing below it."""
+    disk.set("type", "file")
+    _child(disk, "driver").set("type", to.format)
+    source = _child(disk, "source")
+    labels = source.findall("seclabel")
+    source.clear()
+    source.set("file", str(to.file))
+    source.extend(labels)
+    for below in disk.findall("backingStore"):
+        disk.remove(below)
+
+
+def _child(element: Element, name: str) -> Element:
+    found = element.find(name)
+    return SubElement(element, name) if found is None else found
 
 
 def _sources(element: Element | None) -> Iterator[str]:

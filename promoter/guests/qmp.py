@@ -14,6 +14,7 @@ import stat
 import struct
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,12 @@ from qemu.qmp import (
     StateError,
 )
 
-from promoter.blockjob import ENDED, BlockJob, JobStatus
-from promoter.chain import DiskOptions
+from promoter.blockjob import BlockJob, JobStatus
 from promoter.errors import NoSpace, Unreachable
 from promoter.guests import view
 from promoter.guests.base import CommandFailed, ConnectionLost, GuestView, MirrorSpec
 
 GREETING_TIMEOUT = 3.0
-TICK = 0.2
 REPLY_LIMIT = 64 * 1024 * 1024
 
 
@@ -117,29 +116,33 @@ class QmpGuest:
         """The guest's disks, nodes and jobs as they are now."""
         return await view.take(self._execute, self.name, self._pid)
 
-    async def attach(self, node: str, file: Path, image_format: str, options: DiskOptions) -> None:
+    async def attach(self, spec: MirrorSpec) -> None:
+        options = spec.options
         cache = {"direct": options.cache_direct, "no-flush": options.cache_no_flush}
         given = {"aio": options.aio, "locking": options.locking}
         common = {"cache": cache, "discard": options.discard or "unmap"}
-        await self._execute(
-            "blockdev-add",
-            driver="host_device" if file.is_block_device() else "file",
-            node_name=f"{node}-file",
-            filename=str(file),
-            auto_read_only=True,
-            **common,
-            **{key: value for key, value in given.items() if value},
-        )
-        backing: dict[str, object] = {} if image_format == "raw" else {"backing": None}
-        await self._execute(
-            "blockdev-add",
-            driver=image_format,
-            node_name=node,
-            file=f"{node}-file",
-            detect_zeroes=options.detect_zeroes,
-            **backing,
-            **common,
-        )
+        present = (await self.look()).nodes
+        if (file_node := f"{spec.target}-file") not in present:
+            await self._execute(
+                "blockdev-add",
+                driver="host_device" if spec.file.is_block_device() else "file",
+                node_name=file_node,
+                filename=str(spec.file),
+                auto_read_only=True,
+                **common,
+                **{key: value for key, value in given.items() if value},
+            )
+        if spec.target not in present:
+            backing: dict[str, object] = {} if spec.format == "raw" else {"backing": None}
+            await self._execute(
+                "blockdev-add",
+                driver=spec.format,
+                node_name=spec.target,
+                file=file_node,
+                detect_zeroes=options.detect_zeroes,
+                **backing,
+                **common,
+            )
 
     async def detach(self, node: str) -> None:
         present = (await self.look()).nodes
@@ -211,18 +214,7 @@ class QmpGuest:
         wanted: Collection[JobStatus],
         tick: Callable[[BlockJob], None],
     ) -> BlockJob | None:
-        """Events wake the wait; between them progress is asked for five times a second."""
-        while True:
-            self._changed.clear()
-            now = await self.job(job)
-            if now is None or now.status in wanted or now.status in ENDED:
-                return now
-            tick(now)
-            try:
-                async with asyncio.timeout(TICK):
-                    await self._changed.wait()
-            except TimeoutError:
-                continue
+        return await view.wait_for(partial(self.job, job), self._changed, wanted, tick)
 
     def transition_time(self, job: str, status: JobStatus) -> float | None:
         return self._times.get((job, status))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+import asyncio
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from promoter.blockjob import BlockJob, JobStatus
+from promoter.blockjob import ENDED, BlockJob, JobStatus
 from promoter.chain import Disk, DiskOptions
 from promoter.errors import Refused
 from promoter.guests.base import CommandFailed, GuestView
@@ -16,6 +17,7 @@ from promoter.guests.graph import BlockGraph
 
 OLDEST = (7, 2, 0)
 LOOKS = 5
+TICK = 0.2
 
 
 class Execute(Protocol):
@@ -52,6 +54,24 @@ async def jobs(execute: Execute) -> dict[str, BlockJob]:
 async def status(execute: Execute) -> str:
     """QAPI's ``RunState``."""
     return str((await execute("query-status"))["status"])
+
+
+async def wait_for(
+    ask: Callable[[], Awaitable[BlockJob | None]],
+    changed: asyncio.Event,
+    wanted: Collection[JobStatus],
+    tick: Callable[[BlockJob], None],
+) -> BlockJob | None:
+    """Wait for a job. Events wake the wait; between them progress is asked for."""
+    while True:
+        changed.clear()
+        now = await ask()
+        if now is None or now.status in wanted or now.status in ENDED:
+            return now
+        tick(now)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(TICK):
+                await changed.wait()
 
 
 async def _take(execute: Execute, pid: int | None) -> GuestView:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 from promoter.errors import JobFailed
-from promoter.guests.base import Guest
+from promoter.guests.base import PlainGuest
 from promoter.operations import guard
 
 DEADLINE = 1.0
@@ -33,7 +33,7 @@ class Pulse:
 
 @asynccontextmanager
 async def guarded(
-    guest: Guest, switches: tuple[guard.Switch, ...] = (), starting: str | None = None
+    guest: PlainGuest, switches: tuple[guard.Switch, ...] = (), starting: str | None = None
 ) -> AsyncIterator[Pulse]:
     """Have a guard for ``switches``, or for the guest's pause while job ``starting`` starts."""
     spec = guard.GuardSpec(guest.monitor_fd, DEADLINE, switches, starting)

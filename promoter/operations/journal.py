@@ -85,6 +85,7 @@ class Journal:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._locks: dict[str, int] = {}
         with self._writing():
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._db = sqlite3.connect(directory / "journal.sqlite", isolation_level=None)
@@ -181,7 +182,12 @@ class Journal:
                     f"operation {operation} is running in another process",
                     f"See: promoter job show {operation}",
                 ) from None
+            self._locks[operation] = lock.fileno()
             yield
+
+    def lock_fd(self, operation: str) -> int:
+        """The file descriptor that holds an operation; who inherits it holds it too."""
+        return self._locks[operation]
 
     def _entry(self, row: tuple[str, str, str, str, str, str | None, str, str]) -> Entry:
         identity, kind, guest, intent, status, result, started, updated = row

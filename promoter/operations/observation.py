@@ -13,18 +13,37 @@ from promoter.storage.names import Named
 
 def observe(intent: DiskIntent, view: GuestView | None) -> DiskSeen:
     """One disk as it is now; ``view`` is None when the guest is gone."""
-    named = intent.names.look(intent.seeded.id if intent.seeded else None)
     disk = view.disk(intent.key) if view else None
     nodes = view.nodes if view else frozenset()
+    if intent.names.defined:
+        named = _defined(intent, view, disk)
+    else:
+        named = intent.names.look(intent.seeded.id if intent.seeded else None)
     return DiskSeen(
         active=_active(intent, disk, named),
-        job=_job(view.jobs.get(intent.node) if view else None),
+        job=_job(view.jobs.get(intent.job) if view and _is_ours(intent, disk) else None),
         named=named,
         target=_target(intent),
         attached=bool({intent.node, f"{intent.node}-file"} & nodes),
         prepared=intent.names.is_prepared(),
         unchanged=disk is not None and same_files(intent, disk),
     )
+
+
+def _defined(intent: DiskIntent, view: GuestView | None, disk: Disk | None) -> Named:
+    """What a domain's next boot opens, or, where nothing says so, what it has now."""
+    files = {str(intent.chain.active.file): Named.OLD, str(intent.names.target): Named.NEW}
+    if view and view.defined and (file := view.defined.get(intent.name)):
+        return files.get(file, Named.UNKNOWN)
+    if disk is None:
+        return Named.UNKNOWN if intent.names.is_prepared() else Named.OLD
+    return Named.NEW if _active(intent, disk, Named.UNKNOWN) is Active.NEW else Named.OLD
+
+
+def _is_ours(intent: DiskIntent, disk: Disk | None) -> bool:
+    """Is the disk's job our mirror? libvirt's jobs have no names of ours."""
+    copied_to = disk.libvirt.mirror if disk and disk.libvirt else None
+    return copied_to in (None, str(intent.names.target))
 
 
 def _active(intent: DiskIntent, disk: Disk | None, named: Named) -> Active:
@@ -34,8 +53,9 @@ def _active(intent: DiskIntent, disk: Disk | None, named: Named) -> Active:
     path = intent.chain.active.file
     bottom = disk.chain.images[-1]
     ours = any(image.node == intent.node for image in disk.chain)
+    pivoted = intent.names.defined and intent.names.target in [i.file for i in disk.chain]
     rebooted = named is Named.NEW and bottom.file in (path, intent.names.target)
-    if ours or rebooted:
+    if ours or pivoted or rebooted:
         return Active.NEW
     return Active.OLD if disk.chain.active.file == path else Active.OTHER
 

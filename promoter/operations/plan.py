@@ -10,9 +10,10 @@ from pathlib import Path
 
 from promoter.chain import BackingChain, Disk, DiskOptions, FileStamp, Image
 from promoter.errors import Refused
-from promoter.guests.base import Guest, GuestView
+from promoter.guests.base import Domain, Guest, GuestView
 from promoter.guests.bugs import loses_writes_at_start, unmaps_wrongly
 from promoter.operations.preflight import (
+    check_definition,
     check_directory,
     check_disk,
     check_files,
@@ -28,7 +29,7 @@ from promoter.operations.preflight import (
     is_encrypted,
     select_disks,
 )
-from promoter.operations.promotion import Choices, DiskIntent, Promotion
+from promoter.operations.promotion import Choices, DiskIntent, DomainAddress, Promotion
 from promoter.storage import images
 from promoter.storage.files import file_id, free_bytes, stamp
 from promoter.storage.names import Names
@@ -80,8 +81,9 @@ async def plan(guest: Guest, identity: str, choices: Choices) -> Plan:
     ]
     check_targets(intents)
     check_space(intents)
+    address = DomainAddress(guest.uri, guest.uuid) if isinstance(guest, Domain) else None
     return Plan(
-        Promotion(identity, guest.name, choices, tuple(intents)),
+        Promotion(identity, guest.name, choices, tuple(intents), domain=address),
         free=tuple(free_bytes(intent.names.target.parent) for intent in intents),
         nothing_to_do=tuple(disk.name for disk in disks if len(disk.chain) == 1),
         warnings=(
@@ -98,6 +100,8 @@ async def plan_disk(
     check_disk(disk, choices.lose)
     await asyncio.to_thread(check_files, guest, disk)
     await check_headers(disk)
+    if isinstance(guest, Domain):
+        check_definition(disk)
     names = _names(disk, choices, identity)
     geometry = _geometry(disk.chain, choices)
     below = disk.chain.below
@@ -144,14 +148,17 @@ def _options(disk: Disk, view: GuestView) -> DiskOptions:
 
 def _names(disk: Disk, choices: Choices, identity: str) -> Names:
     old = _file(disk.chain.active).resolve()
-    in_place = not (choices.target or choices.target_dir)
-    if in_place:
+    elsewhere = choices.target or choices.target_dir
+    in_place = not (elsewhere or disk.libvirt)
+    if choices.target:
+        target = choices.target.absolute()
+    elif choices.target_dir:
+        target = choices.target_dir.absolute() / old.name
+    elif disk.libvirt:
+        target = old.with_name(f"{old.stem}.promoted-{identity}.{choices.format}")
+    else:
         check_in_place(disk, choices.format)
         target = old.with_name(f"{old.name}.new-{identity}")
-    elif choices.target:
-        target = choices.target.absolute()
-    else:
-        target = Path(choices.target_dir or ".").absolute() / old.name
     overlay = file_id(old)
     assert overlay, f"{old}: checked to be there"
     for directory in {old.parent, target.parent}:
@@ -169,6 +176,7 @@ def _names(disk: Disk, choices: Choices, identity: str) -> Names:
         aside=old.with_name(f"{old.name}.aside-{identity}"),
         prepared=old.with_name(f"{old.name}.next-{identity}"),
         in_place=in_place,
+        defined=disk.libvirt is not None,
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 from promoter.chain import Disk, Image
@@ -97,6 +98,31 @@ def check_disk(disk: Disk, lose: tuple[Loss, ...]) -> None:
         raise Refused(f"{disk.name}: {why}", hint)
 
 
+def check_definition(disk: Disk) -> None:
+    """Are libvirt, the guest's QEMU and the images' headers of one mind about the chain?"""
+    if disk.libvirt is None:
+        raise Refused(
+            f"{disk.name}: libvirt does not know this disk",
+            "Somebody gave it to QEMU without libvirt. Detach it the same way, or promote others.",
+        )
+    if disk.differences:
+        raise Refused(
+            f"{disk.name}: libvirt and QEMU differ: {'; '.join(disk.differences)}",
+            "See: promoter chain. Mend libvirt's definition (virsh edit), or restart the guest"
+            " from the right disk, first.",
+        )
+    for upper, lower in pairwise(disk.chain):
+        assert upper.file
+        named = images.backing_name(upper.file) or ""
+        found = stamp(upper.file.parent / named)
+        if not named.startswith("json:") and found != (lower.file and stamp(lower.file)):
+            raise Refused(
+                f"{disk.name}: the header of {upper.file} names {named or 'nothing'} below it,"
+                f" but QEMU has {lower.file} there",
+                "The next boot would open another chain. Mend it: qemu-img rebase -u",
+            )
+
+
 def check_in_place(disk: Disk, wanted: str) -> None:
     """Will the guest's own command line open the new disk rightly?"""
     path = disk.chain.active.file
@@ -139,6 +165,11 @@ def check_throttles(view: GuestView, disks: list[Disk]) -> None:
 
 def check_files(guest: Guest, disk: Disk) -> None:
     """Are the chain's files the ones that QEMU has open?"""
+    if guest.pid is None:
+        raise Refused(
+            f"{guest.name} does not run on this host, or its QEMU cannot be found",
+            "Run promoter on the guest's host, as root.",
+        )
     try:
         opened = open_files(guest.pid)
     except OSError as error:

@@ -13,7 +13,7 @@ import asyncio
 import errno
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -31,12 +31,23 @@ from promoter.errors import (
     Refused,
     Unreachable,
 )
-from promoter.guests.base import CommandFailed, ConnectionLost, Guest, GuestView, MirrorSpec
+from promoter.guests.base import (
+    CommandFailed,
+    ConnectionLost,
+    DefinedDisk,
+    Domain,
+    Guest,
+    GuestView,
+    MirrorSpec,
+    NoGuest,
+    PlainGuest,
+)
 from promoter.guests.bugs import loses_writes_at_start
 from promoter.operations import operation
 from promoter.operations.journal import Journal, OperationStatus
 from promoter.operations.observation import observe
 from promoter.operations.outcome import DiskReport, error_of, job_failure
+from promoter.operations.pivot import LONGEST_ABSENCE, PivotSpec, define, go_on, pivot_over
 from promoter.operations.plan import plan_disk
 from promoter.operations.preflight import check_start
 from promoter.operations.promotion import (
@@ -72,7 +83,7 @@ MUST_WORK = frozenset(
 )
 
 T = TypeVar("T")
-Connect = Callable[[str], Awaitable[Guest]]
+Connect = Callable[[Promotion], Awaitable[Guest]]
 OnProgress = Callable[[str, str, Progress], None]
 """Called with a disk's name, the phase ("seed" or "mirror") and how far it is."""
 OnStep = Callable[[str], None]
@@ -155,8 +166,8 @@ class PromoteOperation:
             pace.change(speed)
         if self._guest:
             for disk in self.intent.disks:
-                if await self._guest.job(disk.node):
-                    await self._guest.set_speed(disk.node, speed)
+                if await self._guest.job(disk.job):
+                    await self._guest.set_speed(disk.job, speed)
 
     def _interrupt(self) -> None:
         if self._acting:
@@ -171,24 +182,27 @@ class PromoteOperation:
         except OSError as error:
             hint = f"Mend that, then: promoter job resume {self.id}"
             raise Interrupted(f"cannot see the disks' files: {error}", hint) from error
-        self._seen = Seen(alive=view is not None, disks=disks)
+        self._seen = Seen(alive=view is not None and view.runs, disks=disks)
         return self._seen
 
     async def _view(self) -> GuestView | None:
         """One look at the guest, or None when it is certainly gone."""
-        deadline = time.monotonic() + LONGEST_DEATH
+        patience = LONGEST_ABSENCE if self.intent.domain else LONGEST_DEATH
+        deadline = time.monotonic() + patience
         while True:
             try:
-                self._guest = self._guest or await self._connect(self.intent.guest)
+                self._guest = self._guest or await self._connect(self.intent)
                 return await self._guest.look()
             except ConnectionLost:
                 await self._let_go()
+            except NoGuest:
+                return None
             except Unreachable as error:
-                if not await asyncio.to_thread(self._in_use):
+                if not self.intent.domain and not await asyncio.to_thread(self._in_use):
                     return None
                 if time.monotonic() > deadline:
                     raise Interrupted(
-                        f"{error.message}, but some process has its disk open",
+                        f"{error.message}, but its disks may be in use",
                         f"{error.hint} Then: promoter job resume {self.id}",
                     ) from error
                 await asyncio.sleep(0.2)
@@ -290,18 +304,15 @@ class PromoteOperation:
                 needed = next_of_each(self.intent, self._seen)
                 await self._seed_all([index for index, need in needed.items() if need is do])
             case Do.FINISH_SWITCHOVER:
-                await commit_all(self._alive, [d for d, s in self._pairs() if s.can_finish])
+                await commit_all(self._plain, [d for d, s in self._pairs() if s.can_finish])
             case Do.AWAIT_READY:
                 await self._await_ready()
             case Do.SWITCH_OVER:
                 ready = self._with_job(Job.READY)
                 jobs = (await self._alive.look()).jobs
                 for disk in ready:
-                    self._report(disk).mirrored_bytes = jobs[disk.node].done
-                if self.intent.choices.copy_mode is CopyMode.BACKGROUND:
-                    for disk in ready:
-                        await self._alive.write_blocking(disk.node)
-                await switch_over(self._alive, ready)
+                    self._report(disk).mirrored_bytes = jobs[disk.job].done
+                await self._switch_over(ready)
             case Do.TIDY:
                 await self._tidy()
             case _:
@@ -310,9 +321,9 @@ class PromoteOperation:
     async def _do_one(self, do: Do, index: int, disk: DiskIntent) -> None:
         match do:
             case Do.PUT_NAME_BACK:
-                disk.names.put_back()
+                await self._name(disk, disk.chain.active.file)
             case Do.COMMIT_NAME:
-                disk.names.commit()
+                await self._name(disk, disk.names.target)
             case Do.PREPARE:
                 disk.names.prepare()
             case Do.DISCARD:
@@ -326,16 +337,23 @@ class PromoteOperation:
             case Do.MIRROR:
                 await self._mirror(disk)
             case Do.DETACH:
-                await self._alive.detach(disk.node)
-            case Do.ATTACH:
-                target = disk.names.target
-                await self._alive.attach(disk.node, target, disk.geometry.format, disk.options)
+                await self._plain.detach(disk.node)
             case _:
                 raise AssertionError(do)
 
     @property
     def _alive(self) -> Guest:
         assert self._guest, "only a guest that is there is acted upon"
+        return self._guest
+
+    @property
+    def _plain(self) -> PlainGuest:
+        assert isinstance(self._guest, PlainGuest), "planned as plain QEMU"
+        return self._guest
+
+    @property
+    def _domain(self) -> Domain:
+        assert isinstance(self._guest, Domain), "planned as a domain"
         return self._guest
 
     def _with_job(self, job: Job) -> list[DiskIntent]:
@@ -400,33 +418,71 @@ class PromoteOperation:
 
     async def _mirror(self, disk: DiskIntent) -> None:
         spec = MirrorSpec(
-            job=disk.node,
+            job=disk.job,
             source=disk.root,
             replaces=disk.chain.active.node,
             target=disk.node,
+            file=disk.names.target,
+            format=disk.geometry.format,
+            options=disk.options,
             sync="full" if disk.method is SeedMethod.NONE else "top",
             granularity=disk.chain.active.granularity,
             copy_mode=self.intent.choices.copy_mode,
             speed=self.intent.choices.speed,
         )
+        if not self.intent.domain:
+            await self._plain.attach(spec)
         view = await self._alive.look()
         if loses_writes_at_start(view.version):
             check_start(view)
             running = view.status == "running"
             self._save(replace(self.intent, stopped=running))
-            pause = await start_standing(self._alive, spec, running=running)
+            pause = await start_standing(self._plain, spec, running=running)
             self._report(disk).start_pause_s = pause
             self._save(replace(self.intent, stopped=False))
         else:
             await self._alive.mirror(spec)
         if (speed := self.intent.choices.speed) != spec.speed:
-            await self._alive.set_speed(disk.node, speed)
+            await self._alive.set_speed(disk.job, speed)
+
+    async def _switch_over(self, ready: list[DiskIntent]) -> None:
+        if not self.intent.domain:
+            if self.intent.choices.copy_mode is CopyMode.BACKGROUND:
+                for disk in ready:
+                    await self._plain.write_blocking(disk.node)
+            await switch_over(self._plain, ready)
+            return
+        running = await self._alive.status() == "running"
+        self._save(replace(self.intent, stopped=running))
+        address = self.intent.domain
+        spec = PivotSpec(address.uri, address.uuid, running, _definitions(ready))
+        pivoted = await pivot_over(spec, self._journal.lock_fd(self.id))
+        self._save(replace(self.intent, stopped=False))
+        for disk in ready:
+            self._report(disk).switchover_s = pivoted.pause
+        if pivoted.failures:
+            said = (f"{disk} did not switch: {why}" for disk, why in pivoted.failures.items())
+            raise JobFailed("; ".join(said))
+
+    async def _name(self, disk: DiskIntent, file: Path | None) -> None:
+        """Have the next boot open the disk's old file or its new one."""
+        assert file
+        new = file == disk.names.target
+        if self.intent.domain:
+            form = disk.geometry.format if new else disk.chain.active.format
+            await define(self._domain, {disk.name: DefinedDisk(file, form)})
+        elif new:
+            disk.names.commit()
+        else:
+            disk.names.put_back()
 
     async def _continue(self) -> None:
         """Continue a guest that was left stopped, once no mirror of ours is starting in it."""
-        if await self._alive.status() == "paused":
+        if self.intent.domain:
+            await go_on(self._domain, _definitions(self.intent.disks))
+        elif await self._alive.status() == "paused":
             for disk in self._with_job(Job.RUNNING):
-                await scanned(self._alive, disk.node)
+                await scanned(self._alive, disk.job)
             await self._alive.cont()
         self._save(replace(self.intent, stopped=False))
 
@@ -439,7 +495,7 @@ class PromoteOperation:
                 progress = Progress(job.done, job.total, time.monotonic() - began)
                 self._on_progress(name, "mirror", progress)
 
-            job = await self._alive.wait_for(disk.node, READY, tick)
+            job = await self._alive.wait_for(disk.job, READY, tick)
             if job is None or job.status in ENDED:
                 return
             tick(job)
@@ -447,20 +503,21 @@ class PromoteOperation:
     async def _cancel_job(self, disk: DiskIntent) -> None:
         self._expected_cancels.add(disk.node)
         with suppress(CommandFailed):  # it ended by itself: the next look tells how
-            await self._alive.cancel(disk.node)
-        await self._alive.wait_for(disk.node, (), lambda _: None)
+            await self._alive.cancel(disk.job)
+        await self._alive.wait_for(disk.job, (), lambda _: None)
 
     async def _dismiss(self, disk: DiskIntent) -> None:
         """Read how the job ended, then let QEMU forget it."""
         view = await self._alive.look()
-        job = view.jobs.get(disk.node)
+        job = view.jobs.get(disk.job)
         seen = observe(disk, view)
         if seen.active is Active.NEW:
-            self._report(disk).switchover_s = pause_seconds(self._alive, disk)
+            if not self.intent.domain:
+                self._report(disk).switchover_s = pause_seconds(self._plain, disk)
         elif job and not (job.error == CANCELED and disk.node in self._expected_cancels):
             self._fail(*job_failure(disk, job))
         self._expected_cancels.discard(disk.node)
-        await self._alive.dismiss(disk.node)
+        await self._alive.dismiss(disk.job)
 
     def _discard(self, disk: DiskIntent) -> None:
         """Remove what was made for a disk that stays on its old chain."""
@@ -505,7 +562,7 @@ class PromoteOperation:
         for image in disk.chain:
             for node in (image.node, image.file_node):
                 if node and node in (await self._alive.look()).nodes:
-                    await self._alive.drop(node)
+                    await self._plain.drop(node)
 
     def _report(self, disk: DiskIntent) -> DiskReport:
         names = disk.names
@@ -517,6 +574,11 @@ class PromoteOperation:
         report.old = names.aside
         report.spare = names.target if names.in_place and names.target.exists() else None
         return report
+
+
+def _definitions(disks: Iterable[DiskIntent]) -> dict[str, DefinedDisk]:
+    """What a domain's definition is to say of its new disks."""
+    return {d.name: DefinedDisk(d.names.target, d.geometry.format) for d in disks}
 
 
 def _is_named_as_backing(disk: DiskIntent) -> bool:

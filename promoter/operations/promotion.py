@@ -63,10 +63,18 @@ class Choices:
 
 
 @dataclass(frozen=True)
+class DomainAddress:
+    """Where a libvirt domain is found again."""
+
+    uri: str
+    uuid: str
+
+
+@dataclass(frozen=True)
 class DiskIntent:
     """One disk of a promotion.
 
-    ``node`` is the new disk's, and the name of its mirror job; ``root`` is the node that the
+    ``node`` is the new disk's in plain QEMU; ``root`` is the node that the
     guest's device has; ``below`` are the files under the active layer, as they were planned.
     """
 
@@ -84,6 +92,11 @@ class DiskIntent:
     required: int
     seeded: FileStamp | None = None
     replanned: int = 0
+
+    @property
+    def job(self) -> str:
+        """The name of its mirror job: libvirt's have those of their disks."""
+        return self.name if self.names.defined else self.node
 
     @property
     def part(self) -> Path:
@@ -109,7 +122,8 @@ class Failure(StrEnum):
 class Promotion:
     """The journalled intent. ``failure`` says why it is being put back, if it is.
 
-    ``stopped``: the guest's CPUs are stopped, by us; so we are to continue them.
+    ``stopped``: the guest's CPUs are stopped, by us; so we are to continue them. ``domain`` is
+    None for plain QEMU.
     """
 
     id: str
@@ -120,6 +134,7 @@ class Promotion:
     reason: str = ""
     tidied: bool = False
     stopped: bool = False
+    domain: DomainAddress | None = None
 
     def with_disk(self, index: int, disk: DiskIntent) -> Promotion:
         return replace(self, disks=(*self.disks[:index], disk, *self.disks[index + 1 :]))
@@ -202,14 +217,13 @@ class Do(IntEnum):
     DISCARD = 10
     REPLAN = 11
     SEED = 12
-    ATTACH = 13
-    MIRROR = 14
-    AWAIT_READY = 15
-    PREPARE = 16
-    SWITCH_OVER = 17
-    TIDY = 18
-    DONE = 19
-    GIVE_UP = 20
+    MIRROR = 13
+    AWAIT_READY = 14
+    PREPARE = 15
+    SWITCH_OVER = 16
+    TIDY = 17
+    DONE = 18
+    GIVE_UP = 19
 
 
 FINAL = frozenset({Do.STUCK, Do.DONE, Do.GIVE_UP})
@@ -296,12 +310,10 @@ def _forward(disk: DiskSeen) -> Do:
 
 
 def _to_the_mirror(disk: DiskSeen) -> Do:
-    if disk.attached:
-        return Do.DETACH if disk.target is Target.ABSENT else Do.MIRROR
     match disk.target:
         case Target.ABSENT:
-            return Do.SEED
+            return Do.DETACH if disk.attached else Do.SEED
         case Target.USED:
-            return Do.DISCARD
+            return Do.MIRROR if disk.attached else Do.DISCARD
         case Target.SEEDED:
-            return Do.ATTACH
+            return Do.MIRROR

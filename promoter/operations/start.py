@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from promoter.blockjob import JobStatus
 from promoter.errors import JobFailed, PromoterError
-from promoter.guests.base import Guest, MirrorSpec
+from promoter.guests.base import Guest, MirrorSpec, PlainGuest
 from promoter.operations.guarding import guarded
 
 LONGEST_SCAN = 10.0
@@ -22,7 +22,7 @@ LOOK_EVERY = 0.002
 STARTING = frozenset({JobStatus.CREATED, JobStatus.RUNNING})
 
 
-async def start_standing(guest: Guest, spec: MirrorSpec, *, running: bool) -> float | None:
+async def start_standing(guest: PlainGuest, spec: MirrorSpec, *, running: bool) -> float | None:
     """Start a mirror while the guest stands still; for how many seconds we had stopped it.
 
     A guest that is not ``running`` stands still already.

@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from promoter.blockjob import DRAINED, BlockJob, JobStatus
 from promoter.errors import JobFailed, NoSpace, PromoterError
-from promoter.guests.base import CommandFailed, Guest
+from promoter.guests.base import CommandFailed, PlainGuest
 from promoter.operations import guard
 from promoter.operations.guarding import Pulse, guarded
 from promoter.operations.promotion import DiskIntent
@@ -24,7 +24,7 @@ from promoter.operations.promotion import DiskIntent
 LONGEST_WAIT = 60.0
 
 
-async def switch_over(guest: Guest, disks: Sequence[DiskIntent]) -> None:
+async def switch_over(guest: PlainGuest, disks: Sequence[DiskIntent]) -> None:
     """Move every ready disk to its target. All jobs have ended when this returns.
 
     Raises `JobFailed` when disks were put back; `ConnectionLost` when the guest went away.
@@ -43,7 +43,7 @@ async def switch_over(guest: Guest, disks: Sequence[DiskIntent]) -> None:
         await commit_all(guest, disks[1:])
 
 
-async def commit_all(guest: Guest, disks: Sequence[DiskIntent]) -> None:
+async def commit_all(guest: PlainGuest, disks: Sequence[DiskIntent]) -> None:
     """Commit drained disks after the first: one that fails keeps no other from its switch."""
     failures = []
     for disk in disks:
@@ -55,7 +55,7 @@ async def commit_all(guest: Guest, disks: Sequence[DiskIntent]) -> None:
         raise JobFailed("; ".join(failures))
 
 
-async def commit(guest: Guest, disk: DiskIntent) -> None:
+async def commit(guest: PlainGuest, disk: DiskIntent) -> None:
     """Give a drained disk its new name and let QEMU switch it.
 
     Raises `JobFailed` after putting the disk back when either fails.
@@ -76,7 +76,7 @@ async def commit(guest: Guest, disk: DiskIntent) -> None:
         raise JobFailed(f"{disk.name} could not be switched: {job.error}")
 
 
-async def _drain(guest: Guest, disks: Sequence[DiskIntent], alive: Pulse) -> None:
+async def _drain(guest: PlainGuest, disks: Sequence[DiskIntent], alive: Pulse) -> None:
     for disk in disks:
         try:
             await guest.complete(disk.node)
@@ -95,14 +95,14 @@ def _not_switched(disk: DiskIntent, job: BlockJob | None) -> PromoterError:
     return kind(f"{disk.name} did not switch: {why}")
 
 
-async def _put_back(guest: Guest, disks: Sequence[DiskIntent]) -> None:
+async def _put_back(guest: PlainGuest, disks: Sequence[DiskIntent]) -> None:
     for disk in disks:
         disk.names.revoke()
         with suppress(PromoterError):  # ended already, or the guest is gone
             await guest.cancel(disk.node)
 
 
-def pause_seconds(guest: Guest, disk: DiskIntent) -> float | None:
+def pause_seconds(guest: PlainGuest, disk: DiskIntent) -> float | None:
     """How long the guest's I/O stood still, by QEMU's own event timestamps."""
     drained = guest.transition_time(disk.node, JobStatus.WAITING)
     flowing = guest.transition_time(disk.node, JobStatus.CONCLUDED)

@@ -7,6 +7,9 @@ the old overlay; the commit is one ``rename(2)`` of a prepared name over it:
 * with a target elsewhere it is a symbolic link that leads nowhere, so that the
   old command line fails loudly instead of booting yesterday's disk.
 
+What a libvirt domain boots from is in its definition, which is libvirt's to
+change; here only the old overlay is put aside, when it has been.
+
 `commit` and `revoke` exclude each other: both need the prepared name, and the
 file system gives it to one of them.
 """
@@ -37,7 +40,7 @@ class Names:
 
     ``path`` is what the guest's command line opens, ``old`` the overlay it leads to
     before the switch, ``aside`` the name the old overlay keeps, ``prepared`` the name
-    that the commit moves over ``path``.
+    that the commit moves over ``path``. ``defined``: the guest is a libvirt domain.
     """
 
     old: FileId
@@ -46,6 +49,7 @@ class Names:
     aside: Path
     prepared: Path
     in_place: bool
+    defined: bool = False
 
     def prepare(self) -> None:
         """Make ``aside`` and ``prepared``; the guest's path is untouched. Repeatable."""
@@ -54,12 +58,13 @@ class Names:
         self.prepared.unlink(missing_ok=True)
         if self.in_place:
             os.link(self.target, self.prepared)
-        else:
+        elif not self.defined:
             self.prepared.symlink_to(f"promoted to {self.target.name}, kept as {self.aside.name}")
         sync(self.path.parent)
 
     def is_prepared(self) -> bool:
-        return file_id(self.aside) == self.old and os.path.lexists(self.prepared)
+        ready = self.defined or os.path.lexists(self.prepared)
+        return ready and file_id(self.aside) == self.old
 
     def commit(self) -> None:
         """The commit record: one rename, then an fsync of the directory.
@@ -106,8 +111,9 @@ class Names:
         return Named.NEW if moved and file_id(self.aside) == self.old else Named.UNKNOWN
 
     def tidy(self) -> None:
-        """After the switch: remove the name that leads nowhere."""
-        if not self.in_place and self.path.is_symlink():
+        """After the switch: remove the name that leads nowhere, or to a domain's old overlay."""
+        is_spare = self.is_old() and self.is_prepared() if self.defined else self.path.is_symlink()
+        if not self.in_place and is_spare:
             self.path.unlink()
             sync(self.path.parent)
 
