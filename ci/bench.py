@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import records
+from tests.domains import Domain, Libvirtd
 from tests.vm import MIB, VM, Disk, base, blank, file_system, linked_clone
 
 STEP = 64 * MIB
@@ -28,6 +30,7 @@ GIB = 1024 * MIB
 ROUNDS = 3
 SWITCHOVERS = 20
 XFS = 24 * GIB
+PEER_BASES = (1 * GIB, 4 * GIB)
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,61 @@ def compare(directory: Path, cases: Sequence[Case]) -> None:
         print(f"| {name} | {figures} | {median / first:.2f} |")
 
 
+def against_virsh(directory: Path, libvirtd: Libvirtd) -> None:
+    """``virsh blockcopy`` and promoter, each with a domain that was just booted, in turns."""
+    root = linked_clone(base(), directory / "system.qcow2")
+    for size in PEER_BASES:
+        case = Case(f"{size // GIB} GiB", size, round(size / 10 / STEP) * STEP, "auto")
+        below(directory, case)
+        os.sync()
+        taken = defaultdict(list)
+        for number in range(ROUNDS):
+            for tool in ("virsh blockcopy", "promoter promote"):
+                took = domain_seconds(directory, root, case, tool, libvirtd)
+                taken[tool].append(took)
+                print(f"round {number + 1}, {case.name}, {tool}: {took:.2f} s", file=sys.stderr)
+        virsh, ours = (statistics.median(times) for times in taken.values())
+        figures = " | ".join(
+            f"{statistics.median(times):.2f} ({min(times):.2f}, {max(times):.2f})"
+            for times in taken.values()
+        )
+        print(f"| {case.name} | {figures} | {virsh / ours:.1f} |", flush=True)
+
+
+def domain_seconds(directory: Path, root: Path, case: Case, tool: str, libvirtd: Libvirtd) -> float:
+    """From the command's start to its end; the domain's data disk is copied."""
+    data = filled(linked_clone(below(directory, case), directory / "data.qcow2"), case.delta, 2)
+    target = directory / "target.qcow2"
+    copy = ["--dest", target, "--format", "qcow2", "--transient-job", "--wait", "--pivot"]
+    commands: dict[str, list[object]] = {
+        "virsh blockcopy": ["virsh", "-c", libvirtd.uri, "blockcopy", "web01", "vdb", *copy],
+        "promoter promote": [
+            *("promoter", "promote", "web01", "vdb", "-c", libvirtd.uri, "--target", target),
+            *("--quiet", "--state-dir", directory / "state"),
+        ],
+    }
+    with Domain(libvirtd, directory, [Disk(root), Disk(data)]) as domain:
+        domain.wait_for_acks(20)
+        began = time.monotonic()
+        subprocess.run(list(map(str, commands[tool])), check=True, stdout=subprocess.DEVNULL)
+        took = time.monotonic() - began
+        domain.wait_for_acks(20)
+    for left in (*directory.glob("data.qcow2*"), target):
+        left.unlink()
+    return took
+
+
+def peer(directory: Path) -> None:
+    with Libvirtd(directory) as libvirtd:
+        for kind in ("ext4", "xfs"):
+            with file_system(kind, directory, XFS) as mounted:
+                print(
+                    f"{kind}\n\n| base | virsh blockcopy, s | promoter promote, s | times faster |"
+                )
+                print("|---|---|---|---|", flush=True)
+                against_virsh(mounted, libvirtd)
+
+
 def pauses(directory: Path) -> None:
     """One guest, made a linked clone again by a snapshot after every promotion."""
     system = linked_clone(base(), directory / "paused.qcow2")
@@ -150,6 +208,7 @@ TABLES = {
     "growth": lambda directory: on_xfs(directory, GROWTH),
     "chains": lambda directory: on_xfs(directory, CHAINS),
     "pauses": pauses,
+    "virsh": peer,
 }
 
 

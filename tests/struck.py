@@ -2,7 +2,7 @@
 
 POINT is a step of the journal ("before mirror") or a place inside the commit point; WHOM is
 killed there: promoter, qemu or libvirtd (PID), both, "promoter and guard", or "hang": promoter
-is stopped, not killed. Inside a domain's switchover (`struck_pivot.py`) PID is libvirtd's, and
+is stopped, not killed. Inside a domain's switchover (`struck_suspended.py`) PID is libvirtd's, and
 WHOM promoter, libvirtd, itself, or some of them. Only here does anything reach into promoter.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from promoter.cli.main import app
 from promoter.guests.qmp import QmpGuest
-from promoter.operations import pivot
+from promoter.operations import suspended
 from promoter.operations.promote import PromoteOperation
 from promoter.operations.promotion import Action, Do
 from promoter.storage import seed
@@ -88,12 +88,12 @@ def striking(function: Callable[..., Any], hit: Callable[[], None], *, before: b
 
 
 def install(point: str, hit: Callable[[], None]) -> None:
-    from tests import struck_pivot  # which needs this module
+    from tests import struck_suspended  # which needs this module
 
-    if point in struck_pivot.POINTS:
+    if point in struck_suspended.POINTS:
         os.environ["STRIKE"] = ",".join((point, *sys.argv[2:4]))
         os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
-        pivot.__name__ = struck_pivot.__name__
+        suspended.__name__ = struck_suspended.__name__
         return
     if inside := (INSIDE | AT_A_START).get(point):
         owner, name, before = inside

@@ -19,7 +19,7 @@ from tests.vm import VM, Disk, GuestDied, base, linked_clone, qemu_img
 LEAKS = 3  # qemu-img check: clusters that nobody uses, which a killed QEMU may leave
 FIRST_WAY = [(point, False) for point in POINTS]
 NEAR_THE_COMMIT = POINTS[POINTS.index("before PREPARE") :]
-SECOND_WAY = [(point, True) for point in NEAR_THE_COMMIT]
+SECOND_WAY = [pytest.param(point, True, marks=pytest.mark.nightly) for point in NEAR_THE_COMMIT]
 MARGIN = 0.5  # of the deadline: two guests under TCG share this machine with the tests
 
 

@@ -168,6 +168,9 @@ class Domain(Guest, Protocol):
     @property
     def uuid(self) -> str: ...
 
+    async def has_managed_save(self) -> bool:
+        """Is there an image of its memory that its next start goes on from?"""
+
     async def pivot(self, disk: str) -> None:
         """Switch a disk to the copy that is ready (``virDomainBlockJobAbort``, ``PIVOT``)."""
 

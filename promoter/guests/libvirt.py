@@ -213,6 +213,9 @@ class LibvirtGuest:
     ) -> BlockJob | None:
         return await view.wait_for(partial(self.job, job), self._changed, wanted, tick)
 
+    async def has_managed_save(self) -> bool:
+        return bool(await self._call(self._domain.hasManagedSaveImage))
+
     async def pivot(self, disk: str) -> None:
         await self._call(self._domain.blockJobAbort, disk, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
 

@@ -16,6 +16,7 @@ from promoter.operations.preflight import (
     check_definition,
     check_directory,
     check_disk,
+    check_domain,
     check_files,
     check_guest,
     check_headers,
@@ -73,6 +74,8 @@ async def plan(guest: Guest, identity: str, choices: Choices) -> Plan:
     check_throttles(view, linked)
     if linked:
         check_start(view)
+        if isinstance(guest, Domain):
+            await check_domain(guest, view)
     if choices.format == "raw":
         check_raw(view, linked)
     intents = [

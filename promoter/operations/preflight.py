@@ -16,7 +16,7 @@ from pathlib import Path
 
 from promoter.chain import Disk, Image
 from promoter.errors import Refused, Unreachable
-from promoter.guests.base import Guest, GuestView
+from promoter.guests.base import Domain, Guest, GuestView
 from promoter.guests.bugs import (
     aborts_on_raw,
     hangs_below_a_filter,
@@ -45,6 +45,21 @@ def check_start(view: GuestView) -> None:
             f"QEMU {'.'.join(map(str, view.version))} may lose writes as a mirror starts in a"
             " guest that runs, and with iothreads an interrupt when the guest is paused for that",
             "Use QEMU 10.0.9, 10.2.2 or newer, or boot the guest without iothreads.",
+        )
+
+
+async def check_domain(domain: Domain, view: GuestView) -> None:
+    """Will the next start open the new disks, and can the guest be suspended for the switchover?"""
+    if await domain.has_managed_save():
+        raise Refused(
+            f"{domain.name} has a managed-save image: its next start goes on with the old disks",
+            f"Remove it: virsh managedsave-remove {domain.name}",
+        )
+    if view.status == "running" and view.iothreads and loses_interrupts(view.version):
+        raise Refused(
+            f"QEMU {'.'.join(map(str, view.version))} may lose an interrupt when a guest with"
+            " iothreads is suspended, and libvirt's disks switch safely only in a suspended guest",
+            "Run the domain without iothreads, or suspend it yourself (virsh suspend).",
         )
 
 

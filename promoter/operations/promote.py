@@ -47,7 +47,6 @@ from promoter.operations import operation
 from promoter.operations.journal import Journal, OperationStatus
 from promoter.operations.observation import observe
 from promoter.operations.outcome import DiskReport, error_of, job_failure
-from promoter.operations.pivot import LONGEST_ABSENCE, PivotSpec, define, go_on, pivot_over
 from promoter.operations.plan import plan_disk
 from promoter.operations.preflight import check_start
 from promoter.operations.promotion import (
@@ -66,6 +65,7 @@ from promoter.operations.promotion import (
     next_of_each,
 )
 from promoter.operations.start import scanned, start_standing
+from promoter.operations.suspended import LONGEST_ABSENCE, Work, define, go_on, while_suspended
 from promoter.operations.switchover import commit_all, pause_seconds, switch_over
 from promoter.storage import seed
 from promoter.storage.files import file_id, is_locked, is_open, sync
@@ -437,7 +437,10 @@ class PromoteOperation:
             check_start(view)
             running = view.status == "running"
             self._save(replace(self.intent, stopped=running))
-            pause = await start_standing(self._plain, spec, running=running)
+            if self.intent.domain:
+                pause = await self._while_suspended(running, start=spec)
+            else:
+                pause = await start_standing(self._plain, spec, running=running)
             self._report(disk).start_pause_s = pause
             self._save(replace(self.intent, stopped=False))
         else:
@@ -454,15 +457,21 @@ class PromoteOperation:
             return
         running = await self._alive.status() == "running"
         self._save(replace(self.intent, stopped=running))
-        address = self.intent.domain
-        spec = PivotSpec(address.uri, address.uuid, running, _definitions(ready))
-        pivoted = await pivot_over(spec, self._journal.lock_fd(self.id))
+        pause = await self._while_suspended(running, pivot=_definitions(ready))
         self._save(replace(self.intent, stopped=False))
         for disk in ready:
-            self._report(disk).switchover_s = pivoted.pause
-        if pivoted.failures:
-            said = (f"{disk} did not switch: {why}" for disk, why in pivoted.failures.items())
-            raise JobFailed("; ".join(said))
+            self._report(disk).switchover_s = pause
+
+    async def _while_suspended(
+        self,
+        running: bool,
+        start: MirrorSpec | None = None,
+        pivot: dict[str, DefinedDisk] | None = None,
+    ) -> float | None:
+        domain = self.intent.domain
+        assert domain
+        work = Work(domain.uri, domain.uuid, running, start, pivot or {})
+        return await while_suspended(work, self._journal.lock_fd(self.id))
 
     async def _name(self, disk: DiskIntent, file: Path | None) -> None:
         """Have the next boot open the disk's old file or its new one."""

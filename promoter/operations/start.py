@@ -31,21 +31,22 @@ async def start_standing(guest: PlainGuest, spec: MirrorSpec, *, running: bool) 
     continues the guest or the scan takes more than 10 s.
     """
     if not running:
-        await _start(guest, spec)
+        await start(guest, spec)
         return None
     async with guarded(guest, starting=spec.job) as alive:
         beating = asyncio.create_task(alive.keep_beating(), name="pulse")
         began = time.monotonic()
         await guest.stop()
         try:
-            await _start(guest, spec)
+            await start(guest, spec)
         finally:
             await guest.cont()
             beating.cancel()
         return time.monotonic() - began
 
 
-async def _start(guest: Guest, spec: MirrorSpec) -> None:
+async def start(guest: Guest, spec: MirrorSpec) -> None:
+    """Start a mirror in a guest that stands still. Raises as `start_standing`."""
     await guest.mirror(spec)
     try:
         async with asyncio.timeout(LONGEST_SCAN):

@@ -10,7 +10,7 @@ import signal
 from contextlib import suppress
 
 from promoter.guests.libvirt import LibvirtGuest
-from promoter.operations import pivot
+from promoter.operations import suspended
 from tests.struck import striking
 
 POINTS = {"suspended": "stop", "pivoted": "pivot", "defined": "define"}
@@ -28,7 +28,7 @@ def main() -> None:
 
     name = POINTS[point]
     setattr(LibvirtGuest, name, striking(getattr(LibvirtGuest, name), hit, before=False))
-    pivot.main()
+    suspended.main()
 
 
 if __name__ == "__main__":
