@@ -125,8 +125,14 @@ class Domain:
     """A persistent domain that runs from entering the `with` block on, until leaving it."""
 
     def __init__(
-        self, libvirtd: Libvirtd, directory: Path, disks: Sequence[Disk], name: str = "web01"
+        self,
+        libvirtd: Libvirtd,
+        directory: Path,
+        disks: Sequence[Disk],
+        name: str = "web01",
+        emulator: Path | None = None,
     ) -> None:
+        self._emulator = f"<emulator>{emulator}</emulator>" if emulator else ""
         self.libvirtd, self.disks = libvirtd, tuple(disks)
         self.name, self.uuid = name, uuid.uuid4()
         self.console, self.log = directory / "console.log", directory / "acks.log"
@@ -152,7 +158,11 @@ class Domain:
         traceback: TracebackType | None,
     ) -> None:
         self.kill()
-        self.domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE)
+        self.domain.undefineFlags(
+            libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
+            | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+            | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
+        )
         self._connection.close()
 
     @property
@@ -226,6 +236,7 @@ class Domain:
   </os>
   <features><acpi/></features>
   <devices>
+    {self._emulator}
     {disks}
     <serial type="file"><source path="{self.console}" append="on"/><target port="0"/></serial>
     <serial type="file"><source path="{self.log}" append="on"/><target port="1"/></serial>

@@ -340,12 +340,6 @@ def test_a_guest_that_cannot_be_reached_is_said_so_promptly(place: Place, case: 
         assert_error(ran, 3, said, re.escape(str(path)))
 
 
-def test_a_guest_without_a_slash_is_a_domain_and_not_promoted_yet(tmp_path: Path) -> None:
-    assert_error(promoter(tmp_path / "state", "promote", "web1"), 4, "web1", "libvirt", "slash")
-    assert listing(tmp_path) == {}
-    assert listing(tmp_path) == {}
-
-
 def test_a_guest_that_is_shutting_down_is_not_promoted(tmp_path: Path) -> None:
     disk = Disk(linked_clone(base(), tmp_path / "clone.qcow2"))
     with VM(tmp_path, [disk], extra=["-no-shutdown"]) as vm:

@@ -13,10 +13,11 @@ import libvirt
 import libvirt_qemu
 import pytest
 
+from promoter.guests.bugs import loses_writes_at_start
 from tests import records
 from tests.cli import Ran, ended, promoter, start
 from tests.domains import Domain, Libvirtd
-from tests.vm import Disk, base, blank, linked_clone
+from tests.vm import Disk, base, blank, linked_clone, newer_qemu, why_no_newer_qemu
 
 
 def chains(domain: Domain) -> list[dict[str, Any]]:
@@ -294,3 +295,69 @@ def test_a_job_of_somebody_else_is_left_alone(case: Case, tmp_path: Path) -> Non
         domain.domain.blockJobAbort("vda", 0)
         other.unlink()
         case.prove(promoted=False)
+
+
+def test_incremental_backups_go_on(case: Case, tmp_path: Path) -> None:
+    with case.domain as domain:
+        domain.wait_for_acks(60)
+        domain.domain.checkpointCreateXML(
+            "<domaincheckpoint><name>monday</name></domaincheckpoint>"
+        )
+        domain.wait_for_acks(400)
+        only_disk = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
+        domain.domain.snapshotCreateXML("<domainsnapshot/>", only_disk)
+        domain.wait_for_acks(20)
+        domain.pause()
+        before = dirty_bytes(domain, "monday")
+        promoted = promoter(case.state, "promote", *domain.address, "--json")
+        assert promoted.code == 0, promoted.out
+        assert promoted.result["disks"][0]["seed"] == "none"
+        (after,) = dirty_bytes(domain, "monday")
+        assert after >= max(before) > min(before) > 0
+        backup = f"""
+            <domainbackup><incremental>monday</incremental><disks>
+              <disk name="vda" type="file"><target file="{tmp_path}/backup"/></disk>
+            </disks></domainbackup>"""
+        domain.domain.backupBegin(
+            backup, "<domaincheckpoint><name>tuesday</name></domaincheckpoint>"
+        )
+        domain.cont()
+        domain.wait_for_acks(20)
+
+
+def dirty_bytes(domain: Domain, bitmap: str) -> list[int]:
+    """What the bitmap of this name counts in each of the images that have one."""
+    command = {"execute": "query-named-block-nodes", "arguments": {"flat": True}}
+    answer = libvirt_qemu.qemuMonitorCommand(domain.domain, json.dumps(command), 0)
+    nodes = json.loads(answer)["return"]
+    found = {
+        node["file"]: known["count"]
+        for node in nodes
+        for known in node.get("dirty-bitmaps", ())
+        if known.get("name") == bitmap
+    }
+    return list(found.values())
+
+
+def test_a_domain_whose_qemu_can_lose_writes_at_a_start_is_suspended_for_it(
+    libvirtd: Libvirtd, tmp_path: Path
+) -> None:
+    if (newer := newer_qemu()) is None:
+        pytest.skip(f"no newer QEMU: {why_no_newer_qemu()}")
+    case = Case(libvirtd, tmp_path)
+    case.domain = Domain(
+        libvirtd, tmp_path, [Disk(case.clone)], emulator=newer / "qemu-system-x86_64"
+    )
+    with case.domain as domain:
+        domain.wait_for_acks(60)
+        promoted = promoter(case.state, "promote", *domain.address, "--json")
+        assert promoted.code == 0, promoted.out
+        (disk,) = promoted.result["disks"]
+        assert loses_writes_at_start(version(domain)) is (disk["start_pause_s"] is not None)
+        case.prove(promoted=True)
+
+
+def version(domain: Domain) -> tuple[int, int, int]:
+    answer = libvirt_qemu.qemuMonitorCommand(domain.domain, '{"execute": "query-version"}', 0)
+    found = json.loads(answer)["return"]["qemu"]
+    return found["major"], found["minor"], found["micro"]

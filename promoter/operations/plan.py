@@ -108,7 +108,11 @@ async def plan_disk(
     names = _names(disk, choices, identity)
     geometry = _geometry(disk.chain, choices)
     below = disk.chain.below
-    method, geometry = await asyncio.to_thread(_method, below, choices, geometry, names.target)
+    bitmaps = names.defined and any(image.bitmaps for image in below)
+    if is_encrypted(below) or bitmaps:
+        method = _no_seed(choices, bitmaps=bitmaps)
+    else:
+        method, geometry = await asyncio.to_thread(_method, below, choices, geometry, names.target)
     full = await _full_size(disk.chain, geometry)
     return DiskIntent(
         node=f"promoter-{identity}-{index}",
@@ -192,16 +196,21 @@ def _geometry(chain: BackingChain, choices: Choices) -> Geometry:
     return Geometry(choices.format, cluster, extended, choices.preallocation)
 
 
+def _no_seed(choices: Choices, *, bitmaps: bool) -> SeedMethod:
+    if choices.seed not in (None, SeedMethod.NONE):
+        why = (
+            "libvirt keeps dirty bitmaps of layers below only when it copies those too"
+            if bitmaps
+            else "only the guest's QEMU has the key of an encrypted layer below"
+        )
+        raise Refused(why, "Use --seed none.")
+    return SeedMethod.NONE
+
+
 def _method(
     below: tuple[Image, ...], choices: Choices, geometry: Geometry, target: Path
 ) -> tuple[SeedMethod, Geometry]:
     """How to seed, and the geometry that comes of it: a copied file keeps its own."""
-    if is_encrypted(below):
-        if choices.seed not in (None, SeedMethod.NONE):
-            raise Refused(
-                "only the guest's QEMU has the key of an encrypted layer below", "Use --seed none."
-            )
-        return SeedMethod.NONE, geometry
     base = below[-1]
     copied = replace(
         geometry,
@@ -259,10 +268,12 @@ def _bugs(view: GuestView, disks: list[Disk]) -> Iterator[str]:
 
 def _warnings(intent: DiskIntent) -> list[str]:
     warnings = []
-    if bitmaps := [name for image in intent.chain for name in image.bitmaps]:
+    if bitmaps := {name for image in intent.chain for name in image.bitmaps}:
+        known = f"{intent.name}: dirty bitmaps ({', '.join(sorted(bitmaps))})"
         warnings.append(
-            f"{intent.name}: dirty bitmaps stay behind ({', '.join(bitmaps)}):"
-            " the next incremental backup must be a full one"
+            f"{known} go to the new disk: incremental backups go on"
+            if intent.names.defined
+            else f"{known} stay behind: the next incremental backup must be a full one"
         )
     if is_encrypted(intent.chain):
         warnings.append(f"{intent.name}: the new disk is in clear text")
