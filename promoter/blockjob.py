@@ -46,11 +46,17 @@ class BlockJob:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a phase is, in bytes, ``elapsed`` seconds after it began."""
+    """How far a phase is, in bytes, ``elapsed`` seconds after it began.
+
+    ``dirtied`` is what the guest writes meanwhile that is to be copied again, and ``limit`` what
+    its writes are slowed to, in bytes per second; None where that does not matter.
+    """
 
     done: int
     total: int
     elapsed: float
+    dirtied: float | None = None
+    limit: int | None = None
 
     @property
     def rate(self) -> float:

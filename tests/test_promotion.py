@@ -44,7 +44,7 @@ def disk_intent(index: int) -> DiskIntent:
     image = Image("node", "qcow2", Path("/d"), "file", None, 1, 1)
     path = Path(f"/disk{index}")
     return DiskIntent(
-        node=f"promoter-00000000-{index}",
+        mark=f"promoter-00000000-{index}",
         index=index,
         key=f"vd{index}",
         name=f"vd{index}",

@@ -7,7 +7,7 @@ decision rests on. The acts are single hypervisor commands. After
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -57,6 +57,18 @@ class GuestView:
 
 
 @dataclass(frozen=True)
+class NodeSpec:
+    """An image to open as ``node``, with the node ``backing`` below it, None for nothing."""
+
+    node: str
+    file: Path
+    format: str
+    options: DiskOptions
+    backing: str | None = None
+    read_only: bool = False
+
+
+@dataclass(frozen=True)
 class MirrorSpec:
     """One mirror: ``blockdev-mirror`` from a disk's root node onto a target node.
 
@@ -72,11 +84,45 @@ class MirrorSpec:
     target: str
     file: Path
     format: str
-    options: DiskOptions
     sync: str
     granularity: int
     copy_mode: str
     speed: int
+    backing: Path | None = None
+
+
+@dataclass(frozen=True)
+class CommitSpec:
+    """One commit: ``block-commit`` of the layers from ``top`` down into ``target``, a layer of
+    the same chain. When ``top`` is the active layer (None) it is a mirror as well, and ends with
+    a switchover, else it ends by itself. ``file`` is the target's, ``top_file`` the top's.
+    """
+
+    job: str
+    source: str
+    target: str
+    file: Path
+    speed: int
+    top: str | None = None
+    top_file: Path | None = None
+
+
+Start = MirrorSpec | CommitSpec
+
+
+@dataclass(frozen=True)
+class SnapshotSpec:
+    """One disk's snapshot: the active layer ``node`` is frozen and gets ``overlay`` above it.
+
+    Plain QEMU then reads the frozen layer as ``frozen``, by another name, and closes ``node``
+    and its ``file_node``; libvirt leaves that as it is.
+    """
+
+    disk: str
+    node: str
+    file_node: str | None
+    overlay: NodeSpec
+    frozen: NodeSpec
 
 
 class Guest(Protocol):
@@ -100,10 +146,20 @@ class Guest(Protocol):
     async def cont(self) -> None:
         """Continue the guest's CPUs."""
 
-    async def mirror(self, spec: MirrorSpec) -> None: ...
+    async def begin(self, spec: Start) -> None:
+        """Start a mirror or a commit."""
+
+    async def snapshot(self, specs: Sequence[SnapshotSpec]) -> None:
+        """Put overlays above disks, all at one instant. Repeatable while the guest is stopped."""
 
     async def set_speed(self, job: str, speed: int) -> None:
         """Limit a block job to ``speed`` bytes per second, 0 for no limit."""
+
+    async def limits(self, disk: Disk) -> dict[str, int]:
+        """The disk's I/O limits, by the hypervisor's own names for them."""
+
+    async def limit(self, disk: Disk, limits: Mapping[str, int], writes: int | None = None) -> None:
+        """Set the disk's I/O limits, but let it write at most ``writes`` bytes per second."""
 
     async def job(self, job: str) -> BlockJob | None:
         """The job as it is now."""
@@ -137,14 +193,17 @@ class PlainGuest(Guest, Protocol):
     def monitor_fd(self) -> int:
         """The file descriptor of the control connection, for the switchover's guard."""
 
-    async def attach(self, spec: MirrorSpec) -> None:
-        """Open the target as a node without a backing file (``blockdev-add``). Repeatable."""
+    async def attach(self, spec: NodeSpec) -> None:
+        """Open an image as a node (``blockdev-add``). Repeatable."""
 
     async def detach(self, node: str) -> None:
         """Close a node made by `attach` (``blockdev-del``)."""
 
     async def drop(self, node: str) -> bool:
         """Close a node unless something uses it; tells whether it is closed."""
+
+    def throttle(self, disk: Disk, limits: Mapping[str, int]) -> dict[str, object]:
+        """The arguments of ``block_set_io_throttle`` that set these limits."""
 
     async def write_blocking(self, job: str) -> None:
         """Have a background mirror write to both disks from now on, if this QEMU can."""

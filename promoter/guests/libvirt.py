@@ -13,7 +13,7 @@ import asyncio
 import json
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
@@ -32,11 +32,14 @@ from promoter.guests import view
 from promoter.guests.base import (
     SHUTOFF,
     CommandFailed,
+    CommitSpec,
     ConnectionLost,
     DefinedDisk,
     GuestView,
     MirrorSpec,
     NoGuest,
+    SnapshotSpec,
+    Start,
 )
 
 DEFAULT_URI = "qemu:///system"
@@ -46,6 +49,11 @@ ENDINGS = {
     libvirt.VIR_DOMAIN_BLOCK_JOB_COMPLETED: None,
     libvirt.VIR_DOMAIN_BLOCK_JOB_CANCELED: "Operation canceled",
     libvirt.VIR_DOMAIN_BLOCK_JOB_FAILED: "libvirt does not say why; the log of its QEMU may",
+}
+JOBS = {
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COPY: "copy",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT: "commit",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT: "active-commit",
 }
 OF_THE_CONNECTION = frozenset({libvirt.VIR_FROM_RPC, libvirt.VIR_FROM_REMOTE})
 DENIED = frozenset(
@@ -104,8 +112,8 @@ class LibvirtGuest:
         self._connection.setKeepAlive(KEEPALIVE, KEEPALIVES)
 
     def _on_job(self, _: object, disk: str, kind: int, status: int, _opaque: object) -> None:
-        if kind == libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COPY and status in ENDINGS:
-            ended = BlockJob(disk, "copy", JobStatus.CONCLUDED, error=ENDINGS[status])
+        if kind in JOBS and status in ENDINGS:
+            ended = BlockJob(disk, JOBS[kind], JobStatus.CONCLUDED, error=ENDINGS[status])
             self._ended[disk] = ended
         self._changed.set()
 
@@ -160,12 +168,49 @@ class LibvirtGuest:
     async def cont(self) -> None:
         await self._call(self._domain.resume)
 
-    async def mirror(self, spec: MirrorSpec) -> None:
+    async def begin(self, spec: Start) -> None:
         self._ended.pop(spec.job, None)
+        if isinstance(spec, MirrorSpec):
+            await self._copy(spec)
+        else:
+            await self._commit(spec)
+
+    async def _commit(self, spec: CommitSpec) -> None:
+        flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES
+        if spec.top_file is None:
+            flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
+        top = None if spec.top_file is None else str(spec.top_file)
+        files = (spec.job, str(spec.file), top)
+        await self._call(self._domain.blockCommit, *files, spec.speed, flags)
+
+    async def snapshot(self, specs: Sequence[SnapshotSpec]) -> None:
+        """As `Guest.snapshot`; libvirt rewrites the persistent definition too."""
+        view = await self.look()
+        overlays = {spec.disk: spec.overlay for spec in specs}
+        if all(_is_active(view.disk(name), overlay.file) for name, overlay in overlays.items()):
+            return
+        snapshot = Element("domainsnapshot")
+        disks = SubElement(snapshot, "disks")
+        for disk in view.disks:
+            if (overlay := overlays.get(disk.name)) is None:
+                SubElement(disks, "disk", name=disk.name, snapshot="no")
+                continue
+            element = SubElement(disks, "disk", name=disk.name, snapshot="external", type="file")
+            SubElement(element, "driver", type=overlay.format)
+            SubElement(element, "source", file=str(overlay.file))
+        flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
+        flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
+        flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
+        flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
+        text = ElementTree.tostring(snapshot, "unicode")
+        await self._call(self._domain.snapshotCreateXML, text, flags)
+
+    async def _copy(self, spec: MirrorSpec) -> None:
         disk = Element("disk", type="file")
         SubElement(disk, "driver", type=spec.format)
         SubElement(disk, "source", file=str(spec.file))
-        SubElement(disk, "backingStore")  # an empty one: nothing lies below
+        if spec.backing is None:
+            SubElement(disk, "backingStore")  # an empty one: nothing lies below
         flags = libvirt.VIR_DOMAIN_BLOCK_COPY_REUSE_EXT
         flags |= libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
         if spec.sync == "top":
@@ -191,12 +236,15 @@ class LibvirtGuest:
         """The block job that runs on the disk of this name, or how its last one ended."""
         disk = _disks(await self._xml(0)).get(job)
         mirror = None if disk is None else disk.find("mirror")
-        if mirror is None:
+        if disk is None or (mirror is None and job in self._ended):
             return self._ended.get(job)
         in_bytes = libvirt.VIR_DOMAIN_BLOCK_JOB_INFO_BANDWIDTH_BYTES
         info = await self._call(self._domain.blockJobInfo, job, in_bytes)
-        status = JobStatus.READY if mirror.get("ready") == "yes" else JobStatus.RUNNING
-        kind = mirror.get("job", "")
+        if not info and mirror is None:
+            return None
+        is_ready = mirror is not None and mirror.get("ready") == "yes"
+        status = JobStatus.READY if is_ready else JobStatus.RUNNING
+        kind = JOBS.get(info.get("type", 0), "")
         return BlockJob(job, kind, status, info.get("cur", 0), info.get("end", 0))
 
     async def cancel(self, job: str) -> None:
@@ -212,6 +260,23 @@ class LibvirtGuest:
         tick: Callable[[BlockJob], None],
     ) -> BlockJob | None:
         return await view.wait_for(partial(self.job, job), self._changed, wanted, tick)
+
+    async def limits(self, disk: Disk) -> dict[str, int]:
+        """Source: ``virDomainGetBlockIoTune``."""
+        live = libvirt.VIR_DOMAIN_AFFECT_LIVE
+        found = await self._call(self._domain.blockIoTune, disk.name, live)
+        return {key: value for key, value in found.items() if isinstance(value, int)}
+
+    async def limit(self, disk: Disk, limits: Mapping[str, int], writes: int | None = None) -> None:
+        slowed = dict(limits)
+        if writes is not None:
+            total = libvirt.VIR_DOMAIN_BLOCK_IOTUNE_TOTAL_BYTES_SEC
+            key = total if limits.get(total) else libvirt.VIR_DOMAIN_BLOCK_IOTUNE_WRITE_BYTES_SEC
+            slowed[key] = min(writes, limits.get(key) or writes)
+            slowed.pop(f"{key}_max", None)
+            slowed.pop(f"{key}_max_length", None)
+        live = libvirt.VIR_DOMAIN_AFFECT_LIVE
+        await self._call(self._domain.setBlockIoTune, disk.name, slowed, live)
 
     async def has_managed_save(self) -> bool:
         return bool(await self._call(self._domain.hasManagedSaveImage))
@@ -350,6 +415,10 @@ def _named(disk: Disk, live: dict[str, Element], defined: Mapping[str, str]) -> 
             believed = LibvirtDisk(tuple(_sources(element)), defined.get(target), copied_to)
             return replace(disk, name=target, aliases=disk.aliases | {target}, libvirt=believed)
     return disk
+
+
+def _is_active(disk: Disk | None, file: Path) -> bool:
+    return disk is not None and disk.chain.active.file == file
 
 
 def _source(element: Element) -> str:

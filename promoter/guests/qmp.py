@@ -12,8 +12,9 @@ import asyncio
 import socket
 import stat
 import struct
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,19 @@ from qemu.qmp import (
 )
 
 from promoter.blockjob import BlockJob, JobStatus
+from promoter.chain import Disk, DiskOptions
 from promoter.errors import NoSpace, Unreachable
 from promoter.guests import view
-from promoter.guests.base import CommandFailed, ConnectionLost, GuestView, MirrorSpec
+from promoter.guests.base import (
+    CommandFailed,
+    CommitSpec,
+    ConnectionLost,
+    GuestView,
+    MirrorSpec,
+    NodeSpec,
+    SnapshotSpec,
+    Start,
+)
 
 GREETING_TIMEOUT = 3.0
 REPLY_LIMIT = 64 * 1024 * 1024
@@ -102,9 +113,8 @@ class QmpGuest:
             self._changed.set()
 
     async def _execute(self, command: str, **arguments: object) -> Any:
-        named = {key.replace("_", "-"): value for key, value in arguments.items()}
         try:
-            return await self._client.execute(command, named)
+            return await self._client.execute(command, _dashed(arguments))
         except ExecuteError as error:
             if "No space left" in str(error):
                 raise NoSpace(f"{self.name}: {error}") from error
@@ -116,33 +126,21 @@ class QmpGuest:
         """The guest's disks, nodes and jobs as they are now."""
         return await view.take(self._execute, self.name, self._pid)
 
-    async def attach(self, spec: MirrorSpec) -> None:
-        options = spec.options
-        cache = {"direct": options.cache_direct, "no-flush": options.cache_no_flush}
-        given = {"aio": options.aio, "locking": options.locking}
-        common = {"cache": cache, "discard": options.discard or "unmap"}
+    async def attach(self, spec: NodeSpec) -> None:
+        given = {"aio": spec.options.aio, "locking": spec.options.locking}
         present = (await self.look()).nodes
-        if (file_node := f"{spec.target}-file") not in present:
+        if f"{spec.node}-file" not in present:
             await self._execute(
                 "blockdev-add",
                 driver="host_device" if spec.file.is_block_device() else "file",
-                node_name=file_node,
+                node_name=f"{spec.node}-file",
                 filename=str(spec.file),
                 auto_read_only=True,
-                **common,
+                **_common(spec.options),
                 **{key: value for key, value in given.items() if value},
             )
-        if spec.target not in present:
-            backing: dict[str, object] = {} if spec.format == "raw" else {"backing": None}
-            await self._execute(
-                "blockdev-add",
-                driver=spec.format,
-                node_name=spec.target,
-                file=file_node,
-                detect_zeroes=options.detect_zeroes,
-                **backing,
-                **common,
-            )
+        if spec.node not in present:
+            await self._execute("blockdev-add", **_format_node(spec))
 
     async def detach(self, node: str) -> None:
         present = (await self.look()).nodes
@@ -166,7 +164,53 @@ class QmpGuest:
     async def cont(self) -> None:
         await self._execute("cont")
 
-    async def mirror(self, spec: MirrorSpec) -> None:
+    async def begin(self, spec: Start) -> None:
+        if isinstance(spec, MirrorSpec):
+            await self._mirror(spec)
+        else:
+            await self._commit(spec)
+
+    async def _commit(self, spec: CommitSpec) -> None:
+        below: dict[str, object] = {}
+        if spec.top is not None:  # its overlay's header names the target from now on
+            below = {"top_node": spec.top, "backing_file": str(spec.file)}
+        await self._execute(
+            "block-commit",
+            job_id=spec.job,
+            device=spec.source,
+            base_node=spec.target,
+            speed=spec.speed,
+            filter_node_name=f"{spec.job}-commit",
+            auto_finalize=spec.top is not None,
+            auto_dismiss=False,
+            **below,
+        )
+
+    async def snapshot(self, specs: Sequence[SnapshotSpec]) -> None:
+        """As `Guest.snapshot`; the overlays are nodes already.
+
+        QEMU may open a file again by the name that it remembers. So it is told of the frozen
+        layers' new names here, before their old ones lead to the overlays.
+        """
+        chains = {image.node for disk in (await self.look()).disks for image in disk.chain}
+        if not all(spec.overlay.node in chains for spec in specs):
+            actions = [
+                {
+                    "type": "blockdev-snapshot",
+                    "data": {"node": spec.node, "overlay": spec.overlay.node},
+                }
+                for spec in specs
+            ]
+            await self._execute("transaction", actions=actions)
+        for spec in specs:
+            await self.attach(spec.frozen)
+            overlay = _format_node(replace(spec.overlay, backing=spec.frozen.node))
+            await self._execute("blockdev-reopen", options=[_dashed(overlay)])
+            for node in (spec.node, spec.file_node):
+                if node:
+                    await self.drop(node)
+
+    async def _mirror(self, spec: MirrorSpec) -> None:
         below_filter = {"replaces": spec.replaces} if spec.replaces != spec.source else {}
         await self._execute(
             "blockdev-mirror",
@@ -197,6 +241,24 @@ class QmpGuest:
 
     async def set_speed(self, job: str, speed: int) -> None:
         await self._execute("block-job-set-speed", device=job, speed=speed)
+
+    async def limits(self, disk: Disk) -> dict[str, int]:
+        """Source: ``query-block``, the fields that ``block_set_io_throttle`` takes."""
+        entries = await self._execute("query-block")
+        (inserted,) = (e["inserted"] for e in entries if _key(e) == disk.key)
+        return {key: value for key, value in inserted.items() if key.startswith(("bps", "iops"))}
+
+    async def limit(self, disk: Disk, limits: Mapping[str, int], writes: int | None = None) -> None:
+        slowed = dict(limits)
+        if writes is not None:  # a total excludes a limit for writes alone
+            key = "bps" if limits.get("bps") else "bps_wr"
+            slowed[key] = min(writes, limits.get(key) or writes)
+            slowed.pop(f"{key}_max", None)
+            slowed.pop(f"{key}_max_length", None)
+        await self._execute("block_set_io_throttle", **self.throttle(disk, slowed))
+
+    def throttle(self, disk: Disk, limits: Mapping[str, int]) -> dict[str, object]:
+        return {"id": disk.key, **limits}
 
     async def write_blocking(self, job: str) -> None:
         commands = {command["name"] for command in await self._execute("query-commands")}
@@ -229,6 +291,32 @@ class QmpGuest:
         with suppress(EOFError, OSError, QMPError):  # its own end is no news to who closes it
             await self._client.disconnect()
         self._monitor.close()
+
+
+def _key(entry: Mapping[str, Any]) -> str:
+    return str(entry.get("qdev") or entry["device"])
+
+
+def _dashed(arguments: Mapping[str, object]) -> dict[str, object]:
+    return {key.replace("_", "-"): value for key, value in arguments.items()}
+
+
+def _common(options: DiskOptions) -> dict[str, object]:
+    cache = {"direct": options.cache_direct, "no-flush": options.cache_no_flush}
+    return {"cache": cache, "discard": options.discard or "unmap"}
+
+
+def _format_node(spec: NodeSpec) -> dict[str, object]:
+    backing: dict[str, object] = {} if spec.format == "raw" else {"backing": spec.backing}
+    return {
+        "driver": spec.format,
+        "node_name": spec.node,
+        "file": f"{spec.node}-file",
+        "read_only": spec.read_only,
+        "detect_zeroes": "off" if spec.read_only else spec.options.detect_zeroes,
+        **backing,
+        **_common(spec.options),
+    }
 
 
 def _connect(path: Path) -> socket.socket:

@@ -7,7 +7,8 @@ and takes over when promoter's end of the pipe closes or nothing is heard for a
 second. In a switchover: if the first name has not changed it takes the
 prepared names away, which makes promoter's own commit impossible, and cancels
 the jobs; otherwise it finishes names and jobs alike. At a start: it cancels
-the job and continues the guest.
+the job. Then, where promoter had stopped the guest, it continues it. While a
+guest's writes are slowed for a copy, a guard of its own undoes that.
 
 Run as ``python -m promoter.operations.guard SPEC`` with the pipe on standard input.
 """
@@ -42,13 +43,16 @@ class Switch:
 class GuardSpec:
     """``monitor`` is an inherited file descriptor, ``deadline`` in seconds.
 
-    ``starting`` is the job for whose start the guest was stopped.
+    ``starting`` is the job for whose start the guest was stopped; ``standing``: it was stopped
+    for a switchover; ``limits`` are the arguments that give it back its own I/O limits.
     """
 
     monitor: int
     deadline: float
-    switches: tuple[Switch, ...]
-    starting: str | None
+    switches: tuple[Switch, ...] = ()
+    starting: str | None = None
+    standing: bool = False
+    limits: tuple[dict[str, Any], ...] = ()
 
 
 SPEC = TypeAdapter(GuardSpec)
@@ -72,19 +76,22 @@ def watch(spec: GuardSpec, pipe: int) -> None:
 
 def take_over(spec: GuardSpec) -> bool:
     """Put everything back, or finish it when the first name has changed; was it finished?"""
+    finished = False
     if spec.starting:
         _say(spec, "job-cancel", id=spec.starting)
-        _say(spec, "cont")
-        return False
-    if spec.switches[0].names.revoke():
-        for switch in spec.switches:
-            switch.names.revoke()
-            _say(spec, "job-cancel", id=switch.job)
-        return False
+    if spec.switches:
+        finished = not spec.switches[0].names.revoke()
     for switch in spec.switches:
-        switch.names.settle()
-        _say(spec, "job-finalize", id=switch.job)
-    return True
+        if finished:
+            switch.names.settle()
+        else:
+            switch.names.revoke()
+        _say(spec, "job-finalize" if finished else "job-cancel", id=switch.job)
+    if spec.starting or spec.standing:
+        _say(spec, "cont")
+    for limits in spec.limits:
+        _say(spec, "block_set_io_throttle", **limits)
+    return finished
 
 
 def _check(spec: GuardSpec) -> None:
@@ -96,7 +103,7 @@ def _check(spec: GuardSpec) -> None:
             switch.names.put_back()
 
 
-def _say(spec: GuardSpec, command: str, **arguments: str) -> None:
+def _say(spec: GuardSpec, command: str, **arguments: object) -> None:
     _send(spec, {"execute": command, "arguments": arguments, "id": "guard"})
 
 

@@ -6,6 +6,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 from promoter.errors import JobFailed
 from promoter.guests.base import PlainGuest
@@ -33,10 +34,17 @@ class Pulse:
 
 @asynccontextmanager
 async def guarded(
-    guest: PlainGuest, switches: tuple[guard.Switch, ...] = (), starting: str | None = None
+    guest: PlainGuest,
+    switches: tuple[guard.Switch, ...] = (),
+    starting: str | None = None,
+    *,
+    standing: bool = False,
+    limits: tuple[dict[str, Any], ...] = (),
 ) -> AsyncIterator[Pulse]:
-    """Have a guard for ``switches``, or for the guest's pause while job ``starting`` starts."""
-    spec = guard.GuardSpec(guest.monitor_fd, DEADLINE, switches, starting)
+    """Have a guard for ``switches``, or for the guest's pause while job ``starting`` starts, or
+    to give it back its ``limits``.
+    """
+    spec = guard.GuardSpec(guest.monitor_fd, DEADLINE, switches, starting, standing, limits)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", guard.__name__, guard.SPEC.dump_json(spec).decode()),
         stdin=asyncio.subprocess.PIPE,

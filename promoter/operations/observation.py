@@ -6,8 +6,9 @@ from promoter.blockjob import DRAINED, READY, BlockJob, JobStatus
 from promoter.chain import Disk
 from promoter.guests.base import GuestView
 from promoter.operations.plan import same_files
-from promoter.operations.promotion import Active, DiskIntent, DiskSeen, Job, Target
-from promoter.storage.files import stamp
+from promoter.operations.promotion import Active, DiskIntent, DiskSeen, Job, Target, Way
+from promoter.storage.files import file_id, stamp
+from promoter.storage.images import backing_name
 from promoter.storage.names import Named
 
 
@@ -15,19 +16,37 @@ def observe(intent: DiskIntent, view: GuestView | None) -> DiskSeen:
     """One disk as it is now; ``view`` is None when the guest is gone."""
     disk = view.disk(intent.key) if view else None
     nodes = view.nodes if view else frozenset()
-    if intent.names.defined:
-        named = _defined(intent, view, disk)
-    else:
-        named = intent.names.look(intent.seeded.id if intent.seeded else None)
+    named = _named(intent, view, disk)
     return DiskSeen(
         active=_active(intent, disk, named),
         job=_job(view.jobs.get(intent.job) if view and _is_ours(intent, disk) else None),
         named=named,
         target=_target(intent),
-        attached=bool({intent.node, f"{intent.node}-file"} & nodes),
-        prepared=intent.names.is_prepared(),
+        attached=bool({intent.mark, f"{intent.mark}-file"} & nodes),
+        prepared=intent.way is not Way.COMMIT_BELOW and intent.names.is_prepared(),
         unchanged=disk is not None and same_files(intent, disk),
     )
+
+
+def _named(intent: DiskIntent, view: GuestView | None, disk: Disk | None) -> Named:
+    if intent.way is Way.COMMIT_BELOW:
+        return _in_header(intent)
+    if intent.names.defined:
+        return _defined(intent, view, disk)
+    if intent.commits:
+        return intent.names.look(file_id(intent.names.target))
+    return intent.names.look(intent.seeded.id if intent.seeded else None)
+
+
+def _in_header(intent: DiskIntent) -> Named:
+    """What lies below the layer above the commit, going by that one's header."""
+    above, top = (intent.chain.images[i].file for i in (intent.top - 1, intent.top))
+    assert above, "checked to be a local file"
+    assert top, "checked to be a local file"
+    found = stamp(above.parent / (backing_name(above) or ""))
+    if found == stamp(top):
+        return Named.OLD
+    return Named.NEW if found == stamp(intent.names.target) else Named.UNKNOWN
 
 
 def _defined(intent: DiskIntent, view: GuestView | None, disk: Disk | None) -> Named:
@@ -50,14 +69,16 @@ def _active(intent: DiskIntent, disk: Disk | None, named: Named) -> Active:
     """What the guest writes to: by node-name in the QEMU that switched, by file in another."""
     if disk is None:
         return Active.ABSENT
-    path = intent.chain.active.file
-    bottom = disk.chain.images[-1]
-    ours = any(image.node == intent.node for image in disk.chain)
-    pivoted = intent.names.defined and intent.names.target in [i.file for i in disk.chain]
-    rebooted = named is Named.NEW and bottom.file in (path, intent.names.target)
-    if ours or pivoted or rebooted:
+    path, target = intent.chain.active.file, intent.names.target
+    nodes, files = {i.node for i in disk.chain}, [i.file for i in disk.chain]
+    switched = intent.node in nodes and not nodes & {i.node for i in intent.gone}
+    pivoted = (
+        intent.names.defined and target in files and not {i.file for i in intent.gone} & {*files}
+    )
+    rebooted = named is Named.NEW and files != [i.file for i in intent.chain]
+    if switched or pivoted or (rebooted and {path, target} & {*files}):
         return Active.NEW
-    return Active.OLD if disk.chain.active.file == path else Active.OTHER
+    return Active.OLD if files[0] == path else Active.OTHER
 
 
 def _job(job: BlockJob | None) -> Job:
@@ -71,6 +92,8 @@ def _job(job: BlockJob | None) -> Job:
 
 
 def _target(intent: DiskIntent) -> Target:
+    if intent.commits:
+        return Target.LAYER
     found = stamp(intent.names.target)
     if intent.seeded and found and found.id == intent.seeded.id:
         return Target.SEEDED if found == intent.seeded else Target.USED

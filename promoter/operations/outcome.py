@@ -15,6 +15,7 @@ from promoter.storage.seed import SeedMethod
 class DiskReport:
     """What happened to one disk. Bytes and seconds; None for what is not known.
 
+    ``old`` is the old overlay, ``kept`` are all the files that the new chain does not need.
     ``spare`` is a second name of the new disk: the one its QEMU remembers. It goes when
     that QEMU is gone.
     """
@@ -30,6 +31,7 @@ class DiskReport:
     start_pause_s: float | None = None
     verified: bool = False
     old: Path | None = None
+    kept: tuple[Path, ...] = ()
     node: str | None = None
     spare: Path | None = None
 
@@ -40,21 +42,21 @@ def job_failure(disk: DiskIntent, job: BlockJob) -> tuple[Failure, str]:
     full = "No space left" in why
     return (
         Failure.NO_SPACE if full else Failure.JOB_FAILED,
-        f"{disk.name}: the mirror to {disk.names.target} failed: {why}",
+        f"{disk.name}: the {disk.way} to {disk.names.target} failed: {why}",
     )
 
 
 def error_of(intent: Promotion) -> PromoterError:
-    """The error of a promotion that was put back: the guest is on its untouched old chain."""
+    """The error of what was put back: the guest is on its untouched old chain."""
     unchanged = "The guest is unchanged on its old chain."
     match intent.failure:
         case None:
             return Unreachable(
                 f"{intent.guest} went away before the switchover",
-                "Its disks are the untouched old chain. Start it and promote again.",
+                f"Its disks are the untouched old chain. Start it and {intent.kind} again.",
             )
         case Failure.CANCELLED:
-            return Cancelled(f"promotion {intent.id} was cancelled", unchanged)
+            return Cancelled(f"{intent.kind} {intent.id} was cancelled", unchanged)
         case Failure.NO_SPACE:
             return NoSpace(
                 intent.reason, f"{unchanged} Make room, then: promoter job resume {intent.id}"

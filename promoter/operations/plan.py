@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,15 +13,13 @@ from promoter.errors import Refused
 from promoter.guests.base import Domain, Guest, GuestView
 from promoter.guests.bugs import loses_writes_at_start, unmaps_wrongly
 from promoter.operations.preflight import (
-    check_definition,
+    check_chain,
+    check_clone,
     check_directory,
-    check_disk,
     check_domain,
-    check_files,
     check_guest,
-    check_headers,
     check_in_place,
-    check_name,
+    check_names,
     check_raw,
     check_space,
     check_start,
@@ -30,7 +28,7 @@ from promoter.operations.preflight import (
     is_encrypted,
     select_disks,
 )
-from promoter.operations.promotion import Choices, DiskIntent, DomainAddress, Promotion
+from promoter.operations.promotion import Choices, DiskIntent, DomainAddress, Kind, Promotion
 from promoter.storage import images
 from promoter.storage.files import file_id, free_bytes, stamp
 from promoter.storage.names import Names
@@ -45,6 +43,7 @@ from promoter.storage.seed import (
 )
 
 DEFAULT_CLUSTER = 64 * 1024
+PlanDisk = Callable[[Guest, GuestView, Disk, Choices, str, int], Awaitable[DiskIntent | None]]
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,44 @@ class Plan:
 
 async def plan(guest: Guest, identity: str, choices: Choices) -> Plan:
     """Plan a promotion. Raises `Refused` with the reason, or `Unreachable`."""
+    return await make_plan(guest, identity, Kind.PROMOTE, choices, _check, plan_disk)
+
+
+async def make_plan(
+    guest: Guest,
+    identity: str,
+    kind: Kind,
+    choices: Choices,
+    check: Callable[[GuestView, list[Disk], Choices], None],
+    plan_one: PlanDisk,
+) -> Plan:
+    """Plan an operation: ``check`` the guest, then ``plan_one`` disk after the other."""
     view = await guest.look()
     check_guest(view, guest.name)
     disks = select_disks(view, choices.disks)
+    check(view, disks, choices)
+    intents: list[DiskIntent] = []
+    for disk in disks:
+        intent = await plan_one(guest, view, disk, choices, identity, len(intents))
+        intents += [intent] if intent else []
+    if intents and isinstance(guest, Domain):
+        await check_domain(guest, view)
+    check_targets(intents)
+    check_space(intents)
+    address = DomainAddress(guest.uri, guest.uuid) if isinstance(guest, Domain) else None
+    changed = {intent.key for intent in intents}
+    return Plan(
+        Promotion(identity, guest.name, choices, tuple(intents), domain=address, kind=kind),
+        free=tuple(free_bytes(intent.names.target.parent) for intent in intents),
+        nothing_to_do=tuple(disk.name for disk in disks if disk.key not in changed),
+        warnings=(
+            *_bugs(view, [disk for disk in disks if disk.key in changed]),
+            *(warning for intent in intents for warning in _warnings(intent)),
+        ),
+    )
+
+
+def _check(view: GuestView, disks: list[Disk], choices: Choices) -> None:
     linked = [disk for disk in disks if len(disk.chain) > 1]
     if choices.target and len(linked) > 1:
         raise Refused(
@@ -74,55 +108,36 @@ async def plan(guest: Guest, identity: str, choices: Choices) -> Plan:
     check_throttles(view, linked)
     if linked:
         check_start(view)
-        if isinstance(guest, Domain):
-            await check_domain(guest, view)
     if choices.format == "raw":
         check_raw(view, linked)
-    intents = [
-        await plan_disk(guest, view, disk, choices, identity, index)
-        for index, disk in enumerate(linked)
-    ]
-    check_targets(intents)
-    check_space(intents)
-    address = DomainAddress(guest.uri, guest.uuid) if isinstance(guest, Domain) else None
-    return Plan(
-        Promotion(identity, guest.name, choices, tuple(intents), domain=address),
-        free=tuple(free_bytes(intent.names.target.parent) for intent in intents),
-        nothing_to_do=tuple(disk.name for disk in disks if len(disk.chain) == 1),
-        warnings=(
-            *_bugs(view, linked),
-            *(warning for intent in intents for warning in _warnings(intent)),
-        ),
-    )
 
 
 async def plan_disk(
     guest: Guest, view: GuestView, disk: Disk, choices: Choices, identity: str, index: int
-) -> DiskIntent:
-    """Plan one linked disk. Raises `Refused` with the reason."""
-    check_disk(disk, choices.lose)
-    await asyncio.to_thread(check_files, guest, disk)
-    await check_headers(disk)
-    if isinstance(guest, Domain):
-        check_definition(disk)
-    names = _names(disk, choices, identity)
-    geometry = _geometry(disk.chain, choices)
+) -> DiskIntent | None:
+    """Plan one disk, None for a full clone. Raises `Refused` with the reason."""
+    if len(disk.chain) == 1:
+        return None
+    check_clone(disk, choices.lose)
+    await check_chain(guest, disk)
+    names = choose_names(disk, choices, identity)
+    geometry = choose_layout(disk.chain, choices)
     below = disk.chain.below
     bitmaps = names.defined and any(image.bitmaps for image in below)
     if is_encrypted(below) or bitmaps:
         method = _no_seed(choices, bitmaps=bitmaps)
     else:
         method, geometry = await asyncio.to_thread(_method, below, choices, geometry, names.target)
-    full = await _full_size(disk.chain, geometry)
+    full = await full_size(disk.chain, geometry)
     return DiskIntent(
-        node=f"promoter-{identity}-{index}",
+        mark=f"promoter-{identity}-{index}",
         index=index,
         key=disk.key,
         name=disk.name,
         root=disk.node,
         chain=disk.chain,
-        below=_stamps(disk.chain),
-        options=_options(disk, view),
+        below=stamps(disk.chain),
+        options=options_for(disk, view),
         names=names,
         method=method,
         geometry=geometry,
@@ -130,7 +145,7 @@ async def plan_disk(
     )
 
 
-async def _full_size(chain: BackingChain, geometry: Geometry) -> int:
+async def full_size(chain: BackingChain, geometry: Geometry) -> int:
     """The most bytes that the new disk can take at first."""
     whole = chain.active.virtual_size
     allocated = geometry.preallocation in (Preallocation.FALLOC, Preallocation.FULL)
@@ -146,15 +161,15 @@ def _new_size(chain: BackingChain, full: int) -> int:
     return max(full - base.allocated, sum(image.allocated for image in upper))
 
 
-def _options(disk: Disk, view: GuestView) -> DiskOptions:
+def options_for(disk: Disk, view: GuestView) -> DiskOptions:
     """The new disk's: as the old one's, but nothing that this QEMU does wrong meanwhile."""
     if disk.options.detect_zeroes == "unmap" and unmaps_wrongly(view.version):
         return replace(disk.options, detect_zeroes="on")
     return disk.options
 
 
-def _names(disk: Disk, choices: Choices, identity: str) -> Names:
-    old = _file(disk.chain.active).resolve()
+def choose_names(disk: Disk, choices: Choices, identity: str) -> Names:
+    old = file_of(disk.chain.active).resolve()
     elsewhere = choices.target or choices.target_dir
     in_place = not (elsewhere or disk.libvirt)
     if choices.target:
@@ -174,9 +189,7 @@ def _names(disk: Disk, choices: Choices, identity: str) -> Names:
         same = target.exists() and stamp(target) == stamp(old)
         why = "is the disk itself" if same else "exists"
         raise Refused(f"target {target} {why}", "Choose another --target, or move it away.")
-    check_name(target.with_name(f"{target.name}.part-{identity}.delta"))
-    check_name(old.with_name(f"{old.name}.aside-{identity}.back"))
-    return Names(
+    names = Names(
         old=overlay,
         path=old,
         target=target,
@@ -185,9 +198,11 @@ def _names(disk: Disk, choices: Choices, identity: str) -> Names:
         in_place=in_place,
         defined=disk.libvirt is not None,
     )
+    check_names(names, target.with_name(f"{target.name}.part-{identity}.delta"))
+    return names
 
 
-def _geometry(chain: BackingChain, choices: Choices) -> Geometry:
+def choose_layout(chain: BackingChain, choices: Choices) -> Geometry:
     active = chain.active
     extended = active.extended_l2 if choices.extended_l2 is None else choices.extended_l2
     cluster = choices.cluster_size or active.cluster_size or DEFAULT_CLUSTER
@@ -219,7 +234,7 @@ def _method(
     )
     fits = copies_only_data(base, geometry) and _fits(copied, choices)
     copyable = fits and len(below) == 1
-    reflinks = fits and can_merge(below) and can_reflink(_file(base), target.parent)
+    reflinks = fits and can_merge(below) and can_reflink(file_of(base), target.parent)
     merged = sum(image.allocated for image in below[:-1])
     match choices.seed:
         case SeedMethod.REFLINK if not reflinks:
@@ -259,7 +274,7 @@ def _bugs(view: GuestView, disks: list[Disk]) -> Iterator[str]:
             " the guest will stand still for each start, as a rule for milliseconds"
         )
     for disk in disks:
-        if _options(disk, view) != disk.options:
+        if options_for(disk, view) != disk.options:
             yield (
                 f"{disk.name}: QEMU {version} can lose writes with detect-zeroes=unmap:"
                 " the new disk has detect-zeroes=on until the guest's next boot"
@@ -294,22 +309,25 @@ def _warnings(intent: DiskIntent) -> list[str]:
     return warnings
 
 
-def _file(image: Image) -> Path:
+def file_of(image: Image) -> Path:
     assert image.file, f"{image.node}: checked to be a local file"
     return image.file
 
 
 def same_files(intent: DiskIntent, disk: Disk) -> bool:
-    """Is the chain still the one that was planned and seeded: files, order, contents, size?"""
+    """Is the chain still the one that was planned and seeded: files, order, contents, size?
+
+    A commit's own job writes to what lies below, and QEMU's locks keep others from it.
+    """
     planned = [image.file for image in intent.chain]
     return (
         [image.file for image in disk.chain] == planned
         and disk.chain.active.virtual_size == intent.virtual_size
-        and _stamps(disk.chain) == intent.below
+        and (intent.commits or stamps(disk.chain) == intent.below)
     )
 
 
-def _stamps(chain: BackingChain) -> tuple[FileStamp, ...]:
+def stamps(chain: BackingChain) -> tuple[FileStamp, ...]:
     """The files under the active layer; one that is missing makes the tuple shorter."""
     files = (file for image in chain.below for file in image.files)
     return tuple(found for file in files if (found := stamp(file)))

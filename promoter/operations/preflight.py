@@ -8,6 +8,7 @@ noticed while the promotion can still be refused. They raise `Refused`, or
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections import defaultdict
 from collections.abc import Iterable
@@ -26,6 +27,7 @@ from promoter.guests.bugs import (
 from promoter.operations.promotion import DiskIntent, Loss
 from promoter.storage import images
 from promoter.storage.files import free_bytes, open_files, stamp
+from promoter.storage.names import Names
 
 PROMOTABLE = frozenset({"running", "paused", "prelaunch", "suspended"})
 
@@ -45,6 +47,16 @@ def check_start(view: GuestView) -> None:
             f"QEMU {'.'.join(map(str, view.version))} may lose writes as a mirror starts in a"
             " guest that runs, and with iothreads an interrupt when the guest is paused for that",
             "Use QEMU 10.0.9, 10.2.2 or newer, or boot the guest without iothreads.",
+        )
+
+
+def check_pause(view: GuestView) -> None:
+    """Can the guest be stopped for an instant?"""
+    if view.status == "running" and view.iothreads and loses_interrupts(view.version):
+        raise Refused(
+            f"QEMU {'.'.join(map(str, view.version))} may lose an interrupt when a guest with"
+            " iothreads is stopped for an instant",
+            "Stop the guest yourself, or boot it without iothreads.",
         )
 
 
@@ -78,8 +90,8 @@ def is_encrypted(chain: Iterable[Image]) -> bool:
     return any(image.encrypted for image in chain)
 
 
-def check_disk(disk: Disk, lose: tuple[Loss, ...]) -> None:
-    active = disk.chain.active
+def check_idle(disk: Disk) -> None:
+    """Does nothing but the guest use the disk, and are its files here?"""
     why = ""
     hint = ""
     if disk.jobs:
@@ -90,11 +102,23 @@ def check_disk(disk: Disk, lose: tuple[Loss, ...]) -> None:
         hint = "Remove the filter first; a throttle filter may stay."
     elif disk.read_only:
         why = "it is read-only"
-        hint = "Only disks that the guest writes to are promoted."
+        hint = "Only disks that the guest writes to are changed."
     elif disk.other_writers:
         why = "something besides the guest writes to it, such as a writable NBD export"
         hint = "It would go on writing to the old disk. Remove it: block-export-del"
-    elif active.format != "qcow2":
+    elif remote := next((image for image in disk.chain if image.file is None), None):
+        why = f"{remote.node} is not a local file"
+        hint = "Run promoter where the chain's files are."
+    if why:
+        raise Refused(f"{disk.name}: {why}", hint)
+
+
+def check_clone(disk: Disk, lose: tuple[Loss, ...]) -> None:
+    """Can the disk be promoted, and would nothing be lost that may not be?"""
+    check_idle(disk)
+    active = disk.chain.active
+    why = ""
+    if active.format != "qcow2":
         why = f"its active layer is {active.format}, not qcow2"
         hint = "A linked clone is a qcow2 overlay."
     elif active.snapshots and Loss.SNAPSHOTS not in lose:
@@ -106,9 +130,6 @@ def check_disk(disk: Disk, lose: tuple[Loss, ...]) -> None:
     elif is_encrypted(disk.chain) and Loss.ENCRYPTION not in lose:
         why = "its chain has encrypted images"
         hint = "The new disk would be in clear text. If it may be: --lose encryption --target FILE"
-    elif remote := next((image for image in disk.chain if image.file is None), None):
-        why = f"{remote.node} is not a local file"
-        hint = "Run promoter where the chain's files are."
     if why:
         raise Refused(f"{disk.name}: {why}", hint)
 
@@ -178,6 +199,14 @@ def check_throttles(view: GuestView, disks: list[Disk]) -> None:
         )
 
 
+async def check_chain(guest: Guest, disk: Disk) -> None:
+    """Are the files, the headers, QEMU's picture and libvirt's of one mind about the chain?"""
+    await asyncio.to_thread(check_files, guest, disk)
+    await check_headers(disk)
+    if isinstance(guest, Domain):
+        check_definition(disk)
+
+
 def check_files(guest: Guest, disk: Disk) -> None:
     """Are the chain's files the ones that QEMU has open?"""
     if guest.pid is None:
@@ -217,7 +246,13 @@ async def check_headers(disk: Disk) -> None:
             raise Refused(f"{disk.name}: {image.file} is marked corrupt", "See: qemu-img check")
 
 
-def check_name(path: Path) -> None:
+def check_names(names: Names, *more: Path) -> None:
+    """Are all names on the way possible?"""
+    for name in (names.aside.with_name(f"{names.aside.name}.back"), names.prepared, *more):
+        _check_name(name)
+
+
+def _check_name(path: Path) -> None:
     """The longest names on the way must be possible too, and the journal must hold them."""
     if not str(path).isprintable():
         raise Refused(f"{str(path)!r} is not a name for people", "Choose another --target.")

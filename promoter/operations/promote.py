@@ -13,15 +13,17 @@ import asyncio
 import errno
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import TypeAdapter
 
 from promoter.blockjob import ENDED, READY, BlockJob, Progress
+from promoter.chain import Disk, Image
 from promoter.errors import (
     Cancelled,
     Interrupted,
@@ -33,17 +35,23 @@ from promoter.errors import (
 )
 from promoter.guests.base import (
     CommandFailed,
+    CommitSpec,
     ConnectionLost,
     DefinedDisk,
     Domain,
     Guest,
     GuestView,
     MirrorSpec,
+    NodeSpec,
     NoGuest,
     PlainGuest,
+    SnapshotSpec,
+    Start,
 )
 from promoter.guests.bugs import loses_writes_at_start
 from promoter.operations import operation
+from promoter.operations.convergence import Convergence
+from promoter.operations.guarding import guarded
 from promoter.operations.journal import Journal, OperationStatus
 from promoter.operations.observation import observe
 from promoter.operations.outcome import DiskReport, error_of, job_failure
@@ -53,23 +61,33 @@ from promoter.operations.promotion import (
     FINAL,
     Action,
     Active,
+    Choices,
     CopyMode,
     DiskIntent,
     DiskSeen,
     Do,
     Failure,
     Job,
+    Kind,
+    Old,
     Promotion,
     Seen,
+    Way,
     decide,
     next_of_each,
 )
-from promoter.operations.start import scanned, start_standing
+from promoter.operations.start import start_standing
 from promoter.operations.suspended import LONGEST_ABSENCE, Work, define, go_on, while_suspended
-from promoter.operations.switchover import commit_all, pause_seconds, switch_over
+from promoter.operations.switchover import (
+    TooSlow,
+    commit_all,
+    pause_seconds,
+    switch_over,
+    switch_over_standing,
+)
 from promoter.storage import seed
 from promoter.storage.files import file_id, is_locked, is_open, sync
-from promoter.storage.images import backing_name
+from promoter.storage.images import Backing, backing_name
 from promoter.storage.pace import Pace
 from promoter.storage.seed import SeedMethod, SeedSpec
 
@@ -77,9 +95,12 @@ INTENT = TypeAdapter(Promotion)
 MOST_REPLANS = 3
 CANCELED = "Operation canceled"
 LONGEST_DEATH = 5.0
+LONGEST_APPROACH = 60.0
+LOOK_EVERY, SLOW_EVERY = 0.05, 0.5
+MOST_PAUSES = 10
 STOPPABLE = frozenset({Do.SEED, Do.AWAIT_READY})
 MUST_WORK = frozenset(
-    {Do.CONTINUE, Do.PUT_NAME_BACK, Do.COMMIT_NAME, Do.DETACH, Do.DISCARD, Do.TIDY}
+    {Do.CONTINUE, Do.PUT_NAME_BACK, Do.COMMIT_NAME, Do.DETACH, Do.DISCARD, Do.TIDY, Do.UNLIMIT}
 )
 
 T = TypeVar("T")
@@ -113,6 +134,9 @@ class PromoteOperation:
         self._expected_cancels: set[str] = set()
         self._reports: dict[str, DiskReport] = {}
         self._paces: dict[str, Pace] = {}
+        self._convergences = defaultdict[str, Convergence](Convergence)
+        self._relief = AsyncExitStack()
+        self._paused_in_vain = 0
         self._began = time.monotonic()
 
     @property
@@ -146,7 +170,8 @@ class PromoteOperation:
             raise self._conclude(last)
         reports = [self._report(disk) for disk in self.intent.disks]
         names = ", ".join(report.disk for report in reports)
-        self._journal.conclude(self.id, OperationStatus.DONE, f"promoted {names or 'nothing'}")
+        done = f"{self.intent.kind.done} {names or 'nothing'}"
+        self._journal.conclude(self.id, OperationStatus.DONE, done)
         return reports
 
     def cancel(self) -> None:
@@ -209,6 +234,9 @@ class PromoteOperation:
 
     async def _let_go(self) -> None:
         if self._guest:
+            with suppress(PromoterError):  # gone: then nobody is slow
+                await self._unlimit()
+            await self._relief.aclose()
             await self._guest.close()
         self._guest = None
 
@@ -234,13 +262,13 @@ class PromoteOperation:
         if last.do is not Do.GIVE_UP:
             what = "stopped half-way" if self._stopped else "somebody moved its files"
             hint = f"Continue: promoter job resume {self.id}"
-            return Interrupted(f"promotion {self.id}: {what}", hint)
+            return Interrupted(f"{self.intent.kind} {self.id}: {what}", hint)
         if any(disk.switched for disk in self._seen.disks):
             names = [d.name for d, s in self._pairs() if not s.switched]
             error: PromoterError = Interrupted(
-                f"{', '.join(names)} stayed on the old chain, the other disks are promoted:"
+                f"{', '.join(names)} stayed on the old chain, the other disks are done:"
                 f" {self.intent.reason or 'the guest is gone'}",
-                "Promote what is left once more.",
+                f"{self.intent.kind} what is left once more.".capitalize(),
             )
         else:
             error = error_of(self.intent)
@@ -300,6 +328,10 @@ class PromoteOperation:
         match do:
             case Do.CONTINUE:
                 await self._continue()
+            case Do.UNLIMIT:
+                await self._unlimit()
+                await self._relief.aclose()
+                self._save(replace(self.intent, limits={}))
             case Do.SEED:
                 needed = next_of_each(self.intent, self._seen)
                 await self._seed_all([index for index, need in needed.items() if need is do])
@@ -307,6 +339,8 @@ class PromoteOperation:
                 await commit_all(self._plain, [d for d, s in self._pairs() if s.can_finish])
             case Do.AWAIT_READY:
                 await self._await_ready()
+            case Do.SWITCH_OVER if self.intent.kind is Kind.SNAPSHOT:
+                await self._snapshot()
             case Do.SWITCH_OVER:
                 ready = self._with_job(Job.READY)
                 jobs = (await self._alive.look()).jobs
@@ -389,12 +423,13 @@ class PromoteOperation:
             loop.call_soon_threadsafe(self._on_progress, disk.name, "seed", progress)
 
         spec = SeedSpec(
-            layers=disk.chain.below,
+            layers=disk.chain.images[1 : len(disk.chain) - disk.kept],
             part=disk.part,
             method=disk.method,
             geometry=disk.geometry,
             virtual_size=disk.virtual_size,
             like=disk.names.path,
+            backing=_backing(disk),
         )
         pace = self._paces[disk.node] = Pace(self.intent.choices.speed)
         made = await self._while_alive(seed.make_seed(spec, pace, report))
@@ -417,66 +452,141 @@ class PromoteOperation:
             await asyncio.gather(working, gone, return_exceptions=True)
 
     async def _mirror(self, disk: DiskIntent) -> None:
-        spec = MirrorSpec(
-            job=disk.job,
-            source=disk.root,
-            replaces=disk.chain.active.node,
-            target=disk.node,
-            file=disk.names.target,
-            format=disk.geometry.format,
-            options=disk.options,
-            sync="full" if disk.method is SeedMethod.NONE else "top",
-            granularity=disk.chain.active.granularity,
-            copy_mode=self.intent.choices.copy_mode,
-            speed=self.intent.choices.speed,
-        )
-        if not self.intent.domain:
-            await self._plain.attach(spec)
+        spec: Start
+        if disk.commits:
+            spec = _commit_spec(disk, self.intent.choices.speed)
+        else:
+            spec = _mirror_spec(disk, self.intent.choices)
+            if not self.intent.domain:
+                await self._plain.attach(_target_node(disk))
+        await self._begin(disk, spec)
+
+    async def _begin(self, disk: DiskIntent, spec: Start) -> None:
         view = await self._alive.look()
         if loses_writes_at_start(view.version):
             check_start(view)
             running = view.status == "running"
             self._save(replace(self.intent, stopped=running))
             if self.intent.domain:
-                pause = await self._while_suspended(running, start=spec)
+                pause = await self._while_suspended(Work(self.intent.domain, running, start=spec))
             else:
                 pause = await start_standing(self._plain, spec, running=running)
             self._report(disk).start_pause_s = pause
             self._save(replace(self.intent, stopped=False))
         else:
-            await self._alive.mirror(spec)
+            await self._alive.begin(spec)
         if (speed := self.intent.choices.speed) != spec.speed:
             await self._alive.set_speed(disk.job, speed)
 
     async def _switch_over(self, ready: list[DiskIntent]) -> None:
-        if not self.intent.domain:
-            if self.intent.choices.copy_mode is CopyMode.BACKGROUND:
-                for disk in ready:
-                    await self._plain.write_blocking(disk.node)
+        background = self.intent.choices.copy_mode is CopyMode.BACKGROUND
+        if ready[0].way is Way.MIRROR and not self.intent.domain:
+            for disk in ready if background else ():
+                await self._plain.write_blocking(disk.node)
             await switch_over(self._plain, ready)
             return
         running = await self._alive.status() == "running"
+        longest = self.intent.choices.max_pause if ready[0].commits and running else None
+        if longest is not None:
+            await self._approach(ready, longest)
         self._save(replace(self.intent, stopped=running))
-        pause = await self._while_suspended(running, pivot=_definitions(ready))
+        try:
+            pause = await self._switch_over_standing(ready, longest)
+        except TooSlow:
+            self._paused_in_vain += 1
+            if self._paused_in_vain == MOST_PAUSES:
+                raise
+        else:
+            for disk in ready:
+                self._report(disk).switchover_s = pause
         self._save(replace(self.intent, stopped=False))
+
+    async def _switch_over_standing(
+        self, ready: list[DiskIntent], longest: float | None
+    ) -> float | None:
+        if domain := self.intent.domain:
+            running = self.intent.stopped
+            work = Work(domain, running, pivot=_definitions(ready), settle=longest)
+            return await self._while_suspended(work)
+        if longest is not None:
+            return await switch_over_standing(self._plain, ready, longest)
+        await switch_over(self._plain, ready)
+        return None
+
+    async def _approach(self, ready: list[DiskIntent], pause: float) -> None:
+        """Wait until what is left to copy fits into a pause; slow the guest until it does."""
+        deadline = time.monotonic() + LONGEST_APPROACH
         for disk in ready:
+            while not await self._fits(disk, pause):
+                if time.monotonic() > deadline:
+                    raise JobFailed(
+                        f"{disk.name}: the guest writes faster than can be copied for a pause of"
+                        f" {pause:g} s",
+                        "Try again when it writes less, give a longer --max-pause, or --beside.",
+                    )
+                await self._slow(disk)
+                await asyncio.sleep(LOOK_EVERY)
+
+    async def _fits(self, disk: DiskIntent, pause: float) -> bool:
+        job = await self._alive.job(disk.job)
+        if job is None or job.status not in READY:
+            return True
+        convergence = self._convergences[disk.job]
+        convergence.add(time.monotonic(), job.done, job.total)
+        return convergence.fits(pause)
+
+    async def _slow(self, disk: DiskIntent) -> None:
+        """Slow the guest's writes to a disk when the copy does not gain on them."""
+        convergence = self._convergences[disk.job]
+        if not convergence.tighten():
+            return
+        found = (await self._alive.look()).disk(disk.key)
+        assert found, "its job runs"
+        if disk.key not in self.intent.limits:
+            before = await self._alive.limits(found)
+            self._save(replace(self.intent, limits={**self.intent.limits, disk.key: before}))
+            await self._guard_limits(found, before)
+        await self._alive.limit(found, self.intent.limits[disk.key], convergence.limit)
+
+    async def _guard_limits(self, disk: Disk, limits: Mapping[str, int]) -> None:
+        """Should promoter die, the guard gives a plain guest its own limits back."""
+        if not self.intent.domain:
+            own = self._plain.throttle(disk, limits)
+            alive = await self._relief.enter_async_context(guarded(self._plain, limits=(own,)))
+            beating = asyncio.create_task(alive.keep_beating(), name="pulse")
+            self._relief.callback(beating.cancel)
+
+    async def _unlimit(self) -> None:
+        view = await self._alive.look()
+        for key, limits in self.intent.limits.items():
+            if disk := view.disk(key):
+                await self._alive.limit(disk, limits)
+
+    async def _snapshot(self) -> None:
+        """Put all the disks' overlays above them in one short pause."""
+        disks = self.intent.disks
+        running = await self._alive.status() == "running"
+        self._save(replace(self.intent, stopped=running))
+        names = tuple(disk.names for disk in disks)
+        specs = tuple(map(_snapshot_spec, disks))
+        work = Work(self.intent.address, running, snapshots=specs, names=names)
+        pause = await self._while_suspended(work)
+        self._save(replace(self.intent, stopped=False))
+        for disk in disks:
             self._report(disk).switchover_s = pause
 
-    async def _while_suspended(
-        self,
-        running: bool,
-        start: MirrorSpec | None = None,
-        pivot: dict[str, DefinedDisk] | None = None,
-    ) -> float | None:
-        domain = self.intent.domain
-        assert domain
-        work = Work(domain.uri, domain.uuid, running, start, pivot or {})
+    async def _while_suspended(self, work: Work) -> float | None:
+        if not self.intent.domain:
+            await self._let_go()
         return await while_suspended(work, self._journal.lock_fd(self.id))
 
     async def _name(self, disk: DiskIntent, file: Path | None) -> None:
         """Have the next boot open the disk's old file or its new one."""
         assert file
         new = file == disk.names.target
+        if new and disk.way is Way.SNAPSHOT:
+            await self._go_on()
+            return
         if self.intent.domain:
             form = disk.geometry.format if new else disk.chain.active.format
             await define(self._domain, {disk.name: DefinedDisk(file, form)})
@@ -487,27 +597,50 @@ class PromoteOperation:
 
     async def _continue(self) -> None:
         """Continue a guest that was left stopped, once no mirror of ours is starting in it."""
-        if self.intent.domain:
-            await go_on(self._domain, _definitions(self.intent.disks))
-        elif await self._alive.status() == "paused":
-            for disk in self._with_job(Job.RUNNING):
-                await scanned(self._alive, disk.job)
-            await self._alive.cont()
+        await self._go_on()
         self._save(replace(self.intent, stopped=False))
+
+    async def _go_on(self) -> None:
+        disks = self.intent.disks
+        snapshots = [disk for disk in disks if disk.way is Way.SNAPSHOT]
+        await go_on(
+            self._alive,
+            _definitions(disks),
+            [_snapshot_spec(disk) for disk in snapshots],
+            [disk.names for disk in snapshots],
+            proceed=self.intent.stopped,
+        )
 
     async def _await_ready(self) -> None:
         began = time.monotonic()
-        for disk in self._with_job(Job.RUNNING):
-            name = disk.name
+        running = self._with_job(Job.RUNNING)
+        slowing = asyncio.create_task(self._keep_slowing(running), name="convergence")
+        try:
+            for disk in running:
+                tick = partial(self._copied, disk, began)
+                job = await self._alive.wait_for(disk.job, READY, tick)
+                if job is None or job.status in ENDED:
+                    return
+                tick(job)
+        finally:
+            slowing.cancel()
+            await asyncio.gather(slowing, return_exceptions=True)
 
-            def tick(job: BlockJob, name: str = name) -> None:
-                progress = Progress(job.done, job.total, time.monotonic() - began)
-                self._on_progress(name, "mirror", progress)
+    def _copied(self, disk: DiskIntent, began: float, job: BlockJob) -> None:
+        now = time.monotonic()
+        progress = Progress(job.done, job.total, now - began)
+        if disk.way is Way.COMMIT:
+            convergence = self._convergences[disk.job]
+            convergence.add(now, job.done, job.total)
+            progress = replace(progress, dirtied=convergence.dirty_rate, limit=convergence.limit)
+        self._on_progress(disk.name, str(disk.way), progress)
 
-            job = await self._alive.wait_for(disk.job, READY, tick)
-            if job is None or job.status in ENDED:
-                return
-            tick(job)
+    async def _keep_slowing(self, disks: list[DiskIntent]) -> None:
+        commits = [disk for disk in disks if disk.way is Way.COMMIT]
+        while commits and await self._alive.status() == "running":
+            await asyncio.sleep(SLOW_EVERY)
+            for disk in commits:
+                await self._slow(disk)
 
     async def _cancel_job(self, disk: DiskIntent) -> None:
         self._expected_cancels.add(disk.node)
@@ -520,8 +653,10 @@ class PromoteOperation:
         view = await self._alive.look()
         job = view.jobs.get(disk.job)
         seen = observe(disk, view)
+        if disk.way is Way.COMMIT_BELOW and job and job.done:
+            self._report(disk).mirrored_bytes = job.done
         if seen.active is Active.NEW:
-            if not self.intent.domain:
+            if disk.way is Way.MIRROR and not self.intent.domain:
                 self._report(disk).switchover_s = pause_seconds(self._plain, disk)
         elif job and not (job.error == CANCELED and disk.node in self._expected_cancels):
             self._fail(*job_failure(disk, job))
@@ -531,6 +666,8 @@ class PromoteOperation:
     def _discard(self, disk: DiskIntent) -> None:
         """Remove what was made for a disk that stays on its old chain."""
         disk.names.withdraw()
+        if disk.commits:
+            return
         seed.discard(disk.part)
         if disk.seeded and file_id(disk.names.target) == disk.seeded.id:
             disk.names.target.unlink()
@@ -542,12 +679,15 @@ class PromoteOperation:
         found = view.disk(disk.key)
         if found is None:
             raise JobFailed(f"{disk.name} was unplugged from the guest")
+        if self.intent.kind is not Kind.PROMOTE:
+            raise Refused(f"{disk.name}: its chain changed meanwhile", "Look at it, and try again.")
         if disk.replanned == MOST_REPLANS:
             raise JobFailed(f"{disk.name}: its chain changed {MOST_REPLANS + 1} times")
         if len(found.chain) == 1:
             self._save(self.intent.without_disk(index))
             return
         again = await plan_disk(self._alive, view, found, self.intent.choices, self.id, disk.index)
+        assert again, "it has layers below"
         again = replace(again, replanned=disk.replanned + 1)
         self._save(self.intent.with_disk(index, again))
 
@@ -558,20 +698,32 @@ class PromoteOperation:
             found = view.disk(disk.key) if view else None
             if found and any(image.node == disk.node for image in found.chain):
                 await self._drop_old_nodes(disk)
-            disk.names.tidy()
-            seed.discard(disk.part)
-            remembered = view is not None and str(disk.names.target) in view.files
-            if disk.names.in_place and not remembered and not _is_named_as_backing(disk):
-                disk.names.target.unlink(missing_ok=True)
+            if disk.way is not Way.COMMIT_BELOW:
+                disk.names.tidy()
+            if not disk.commits:
+                seed.discard(disk.part)
+            for spare in disk.names.spares():
+                remembered = view is not None and str(spare) in view.files
+                if not remembered and not _is_named_as_backing(spare):
+                    spare.unlink()
+            if self.intent.choices.old is Old.DELETE:
+                await asyncio.to_thread(self._delete_old, disk)
             report = self._report(disk)
             report.duration_s = time.monotonic() - self._began
         self._save(replace(self.intent, tidied=True))
 
     async def _drop_old_nodes(self, disk: DiskIntent) -> None:
-        for image in disk.chain:
+        for image in disk.gone:
             for node in (image.node, image.file_node):
                 if node and node in (await self._alive.look()).nodes:
                     await self._plain.drop(node)
+
+    def _delete_old(self, disk: DiskIntent) -> None:
+        """Remove what was left behind, unless somebody has or names it, the upper ones first."""
+        for file in old_files(disk):
+            if file.exists() and not is_open(file) and not _is_named_as_backing(file):
+                file.unlink()
+                sync(file.parent)
 
     def _report(self, disk: DiskIntent) -> DiskReport:
         names = disk.names
@@ -580,9 +732,83 @@ class PromoteOperation:
             DiskReport(disk.name, names.path, names.target, disk.method, node=disk.node),
         )
         report.target = names.path if names.in_place else names.target
-        report.old = names.aside
-        report.spare = names.target if names.in_place and names.target.exists() else None
+        report.old = next(filter(Path.exists, old_files(disk)), None)
+        report.kept = tuple(filter(Path.exists, old_files(disk)))
+        report.spare = next(iter(names.spares()), None)
         return report
+
+
+def old_files(disk: DiskIntent) -> tuple[Path, ...]:
+    """The files of layers that the disk's new chain does not have, the upper ones first."""
+    if disk.way is Way.MIRROR:
+        return (disk.names.aside, *_files(disk.gone[1:])) if disk.kept else (disk.names.aside,)
+    if disk.way is Way.COMMIT:
+        return (disk.names.aside, *_files(disk.gone[1:]))
+    return _files(disk.gone)
+
+
+def _files(images: Iterable[Image]) -> tuple[Path, ...]:
+    return tuple(image.file for image in images if image.file)
+
+
+def _backing(disk: DiskIntent) -> Backing | None:
+    """What lies below the file that is made."""
+    if disk.way is Way.SNAPSHOT:
+        return Backing(disk.names.aside, disk.chain.active.format)
+    if disk.kept:
+        below = disk.chain.images[-disk.kept]
+        assert below.file, "checked to be a local file"
+        return Backing(below.file, below.format)
+    return None
+
+
+def _target_node(disk: DiskIntent) -> NodeSpec:
+    below = disk.chain.images[-disk.kept].node if disk.kept else None
+    node = (disk.node, disk.names.target, disk.geometry.format, disk.options)
+    return NodeSpec(*node, backing=below)
+
+
+def _mirror_spec(disk: DiskIntent, choices: Choices) -> MirrorSpec:
+    backing = _backing(disk)
+    return MirrorSpec(
+        job=disk.job,
+        source=disk.root,
+        replaces=disk.chain.active.node,
+        target=disk.node,
+        file=disk.names.target,
+        format=disk.geometry.format,
+        sync="full" if disk.method is SeedMethod.NONE and not disk.kept else "top",
+        granularity=disk.chain.active.granularity,
+        copy_mode=choices.copy_mode,
+        speed=choices.speed,
+        backing=backing.name if backing else None,
+    )
+
+
+def _commit_spec(disk: DiskIntent, speed: int) -> CommitSpec:
+    top = disk.chain.images[disk.top] if disk.way is Way.COMMIT_BELOW else None
+    return CommitSpec(
+        job=disk.job,
+        source=disk.root,
+        target=disk.node,
+        file=disk.names.target,
+        speed=speed,
+        top=top.node if top else None,
+        top_file=top.file if top else None,
+    )
+
+
+def _snapshot_spec(disk: DiskIntent) -> SnapshotSpec:
+    active, *below = disk.chain
+    frozen = NodeSpec(
+        node=f"{disk.node}-below",
+        file=disk.names.aside,
+        format=active.format,
+        options=disk.options,
+        backing=below[0].node if below else None,
+        read_only=True,
+    )
+    return SnapshotSpec(disk.name, active.node, active.file_node, _target_node(disk), frozen)
 
 
 def _definitions(disks: Iterable[DiskIntent]) -> dict[str, DefinedDisk]:
@@ -590,8 +816,7 @@ def _definitions(disks: Iterable[DiskIntent]) -> dict[str, DefinedDisk]:
     return {d.name: DefinedDisk(d.names.target, d.geometry.format) for d in disks}
 
 
-def _is_named_as_backing(disk: DiskIntent) -> bool:
-    """Does an image in the same directory have the target's first name in its header?"""
-    target = disk.names.target
-    siblings = (path for path in target.parent.iterdir() if path.is_file())
-    return any(Path(backing_name(path) or "").name == target.name for path in siblings)
+def _is_named_as_backing(file: Path) -> bool:
+    """Does an image in the same directory have this name in its header?"""
+    siblings = (path for path in file.parent.iterdir() if path.is_file())
+    return any(Path(backing_name(path) or "").name == file.name for path in siblings)

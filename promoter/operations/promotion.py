@@ -17,11 +17,12 @@ Source: US 10585690 B2, claims 1 to 7 (docs name the steps); QAPI
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum, StrEnum
 from pathlib import Path
 
-from promoter.chain import BackingChain, DiskOptions, FileStamp
+from promoter.chain import BackingChain, DiskOptions, FileStamp, Image
 from promoter.storage.names import Named, Names
 from promoter.storage.seed import Geometry, Preallocation, SeedMethod
 
@@ -31,6 +32,40 @@ class CopyMode(StrEnum):
 
     WRITE_BLOCKING = "write-blocking"
     BACKGROUND = "background"
+
+
+class Kind(StrEnum):
+    """The operations whose intent this is."""
+
+    PROMOTE = "promote"
+    CONSOLIDATE = "consolidate"
+    SNAPSHOT = "snapshot"
+
+    @property
+    def done(self) -> str:
+        """What it has done to the disks that are named after this word."""
+        return {Kind.SNAPSHOT: "took a snapshot of"}.get(self, f"{self}d")
+
+
+class Old(StrEnum):
+    """What becomes of files that no chain needs any more."""
+
+    ASIDE = "aside"
+    DELETE = "delete"
+
+
+class Way(StrEnum):
+    """How a disk leaves its active layer.
+
+    A mirror goes onto a new disk; a commit into a layer of the disk's own chain, by the same
+    job of QEMU's; a commit below merges layers under the active one, which stays; a snapshot
+    puts a new, empty overlay above it.
+    """
+
+    MIRROR = "mirror"
+    COMMIT = "commit"
+    COMMIT_BELOW = "commit below"
+    SNAPSHOT = "snapshot"
 
 
 class Loss(StrEnum):
@@ -45,7 +80,9 @@ class Choices:
     """What the operator asked for; None where promoter is to choose.
 
     ``speed`` is in bytes per second, 0 for no limit; ``cluster_size`` in bytes;
-    ``parallel`` is the most disks to seed at once.
+    ``parallel`` is the most disks to seed at once. ``top`` and ``base`` name the layers of a
+    commit, ``max_pause`` is how long the guest may stand still for one, in seconds; ``scan`` are
+    directories in which to look for who else reads its target.
     """
 
     disks: tuple[str, ...] = ()
@@ -60,6 +97,12 @@ class Choices:
     parallel: int | None = None
     lose: tuple[Loss, ...] = ()
     copy_mode: CopyMode = CopyMode.WRITE_BLOCKING
+    beside: bool = False
+    top: str | None = None
+    base: str | None = None
+    max_pause: float = 0.5
+    scan: tuple[Path, ...] = ()
+    old: Old = Old.ASIDE
 
 
 @dataclass(frozen=True)
@@ -74,11 +117,13 @@ class DomainAddress:
 class DiskIntent:
     """One disk of a promotion.
 
-    ``node`` is the new disk's in plain QEMU; ``root`` is the node that the
-    guest's device has; ``below`` are the files under the active layer, as they were planned.
+    ``mark`` is what we name ours by; ``root`` is the node that the guest's device has;
+    ``below`` are the files under the active layer, as they were planned. ``kept`` counts the
+    lowest layers that stay below a new disk. A commit merges the layers from ``top``, counted
+    from the active one, down to the target, layer ``into``.
     """
 
-    node: str
+    mark: str
     index: int
     key: str
     name: str
@@ -92,17 +137,42 @@ class DiskIntent:
     required: int
     seeded: FileStamp | None = None
     replanned: int = 0
+    way: Way = Way.MIRROR
+    kept: int = 0
+    top: int = 0
+    into: int = 0
+
+    @property
+    def commits(self) -> bool:
+        """Is the target a layer of the disk's own chain?"""
+        return self.way in (Way.COMMIT, Way.COMMIT_BELOW)
+
+    @property
+    def gone(self) -> tuple[Image, ...]:
+        """The layers that are not in the chain any more when it is done."""
+        match self.way:
+            case Way.MIRROR:
+                return self.chain.images[: len(self.chain) - self.kept]
+            case Way.SNAPSHOT:
+                return ()
+            case _:
+                return self.chain.images[self.top : self.into]
+
+    @property
+    def node(self) -> str:
+        """The target's node in plain QEMU."""
+        return self.chain.images[self.into].node if self.commits else self.mark
 
     @property
     def job(self) -> str:
-        """The name of its mirror job: libvirt's have those of their disks."""
-        return self.name if self.names.defined else self.node
+        """The name of its job: libvirt's have those of their disks."""
+        return self.name if self.names.defined else self.mark
 
     @property
     def part(self) -> Path:
         """Where the seed grows before it has its name."""
         target = self.names.target
-        return target.with_name(f"{target.name}.part-{self.node.split('-')[1]}")
+        return target.with_name(f"{target.name}.part-{self.mark.split('-')[1]}")
 
     @property
     def virtual_size(self) -> int:
@@ -123,7 +193,7 @@ class Promotion:
     """The journalled intent. ``failure`` says why it is being put back, if it is.
 
     ``stopped``: the guest's CPUs are stopped, by us; so we are to continue them. ``domain`` is
-    None for plain QEMU.
+    None for plain QEMU. ``limits`` are the I/O limits, by disk, of those whose writes we slow.
     """
 
     id: str
@@ -135,6 +205,13 @@ class Promotion:
     tidied: bool = False
     stopped: bool = False
     domain: DomainAddress | None = None
+    kind: Kind = Kind.PROMOTE
+    limits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    @property
+    def address(self) -> DomainAddress | Path:
+        """Where the guest is found again."""
+        return self.domain or Path(self.guest)
 
     def with_disk(self, index: int, disk: DiskIntent) -> Promotion:
         return replace(self, disks=(*self.disks[:index], disk, *self.disks[index + 1 :]))
@@ -164,11 +241,15 @@ class Job(Enum):
 
 
 class Target(Enum):
-    """The target's file: not there, exactly as it was seeded, or half-made or written to."""
+    """The target's file: not there, exactly as it was seeded, or half-made or written to.
+
+    A layer of the disk's own chain is none of them: nobody makes it, and nobody removes it.
+    """
 
     ABSENT = "absent"
     SEEDED = "seeded"
     USED = "used"
+    LAYER = "layer"
 
 
 @dataclass(frozen=True)
@@ -224,6 +305,7 @@ class Do(IntEnum):
     TIDY = 17
     DONE = 18
     GIVE_UP = 19
+    UNLIMIT = 20
 
 
 FINAL = frozenset({Do.STUCK, Do.DONE, Do.GIVE_UP})
@@ -256,17 +338,24 @@ def decide(intent: Promotion, seen: Seen) -> Action:
 def next_of_each(intent: Promotion, seen: Seen) -> dict[int, Do]:
     """What each disk, by its index, needs next by itself; not those that need nothing."""
     committed = any(disk.named is Named.NEW for disk in seen.disks)
-    steps = (_next(intent, disk, alive=seen.alive, committed=committed) for disk in seen.disks)
+    steps = (
+        _next(intent, disk.way, shown, alive=seen.alive, committed=committed)
+        for disk, shown in zip(intent.disks, seen.disks, strict=True)
+    )
     return {index: do for index, do in enumerate(steps) if do is not None}
 
 
 def _end(intent: Promotion, seen: Seen) -> Action:
+    if intent.limits and seen.alive:
+        return Action(Do.UNLIMIT)
     if not all(disk.switched for disk in seen.disks):
         return Action(Do.GIVE_UP)
     return Action(Do.DONE if intent.tidied else Do.TIDY)
 
 
-def _next(intent: Promotion, disk: DiskSeen, *, alive: bool, committed: bool) -> Do | None:
+def _next(
+    intent: Promotion, way: Way, disk: DiskSeen, *, alive: bool, committed: bool
+) -> Do | None:
     """What one disk needs next; None when there is nothing left to do for it."""
     if disk.job is Job.PENDING:
         return Do.FINISH_SWITCHOVER if committed and disk.can_finish else Do.UNFREEZE
@@ -284,7 +373,7 @@ def _next(intent: Promotion, disk: DiskSeen, *, alive: bool, committed: bool) ->
         return Do.STUCK
     if intent.failure or not alive:
         return _back(disk)
-    return _forward(disk)
+    return _forward(way, disk)
 
 
 def _back(disk: DiskSeen) -> Do | None:
@@ -292,14 +381,16 @@ def _back(disk: DiskSeen) -> Do | None:
         return Do.CANCEL
     if disk.attached:
         return Do.DETACH
-    if disk.target is not Target.ABSENT or disk.prepared:
+    if disk.target in (Target.SEEDED, Target.USED) or disk.prepared:
         return Do.DISCARD
     return None
 
 
-def _forward(disk: DiskSeen) -> Do:
+def _forward(way: Way, disk: DiskSeen) -> Do:
     if not disk.unchanged or disk.active is not Active.OLD:
         return _back(disk) or Do.REPLAN
+    if way is Way.SNAPSHOT:
+        return _to_the_snapshot(disk)
     match disk.job:
         case Job.RUNNING:
             return Do.AWAIT_READY
@@ -315,5 +406,13 @@ def _to_the_mirror(disk: DiskSeen) -> Do:
             return Do.DETACH if disk.attached else Do.SEED
         case Target.USED:
             return Do.MIRROR if disk.attached else Do.DISCARD
-        case Target.SEEDED:
+        case Target.SEEDED | Target.LAYER:
             return Do.MIRROR
+
+
+def _to_the_snapshot(disk: DiskSeen) -> Do:
+    match disk.target:
+        case Target.SEEDED:
+            return Do.SWITCH_OVER if disk.prepared else Do.PREPARE
+        case _:
+            return _back(disk) or Do.SEED

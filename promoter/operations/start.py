@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from promoter.blockjob import JobStatus
 from promoter.errors import JobFailed, PromoterError
-from promoter.guests.base import Guest, MirrorSpec, PlainGuest
+from promoter.guests.base import Guest, PlainGuest, Start
 from promoter.operations.guarding import guarded
 
 LONGEST_SCAN = 10.0
@@ -22,7 +22,7 @@ LOOK_EVERY = 0.002
 STARTING = frozenset({JobStatus.CREATED, JobStatus.RUNNING})
 
 
-async def start_standing(guest: PlainGuest, spec: MirrorSpec, *, running: bool) -> float | None:
+async def start_standing(guest: PlainGuest, spec: Start, *, running: bool) -> float | None:
     """Start a mirror while the guest stands still; for how many seconds we had stopped it.
 
     A guest that is not ``running`` stands still already.
@@ -45,9 +45,9 @@ async def start_standing(guest: PlainGuest, spec: MirrorSpec, *, running: bool) 
         return time.monotonic() - began
 
 
-async def start(guest: Guest, spec: MirrorSpec) -> None:
+async def start(guest: Guest, spec: Start) -> None:
     """Start a mirror in a guest that stands still. Raises as `start_standing`."""
-    await guest.mirror(spec)
+    await guest.begin(spec)
     try:
         async with asyncio.timeout(LONGEST_SCAN):
             await scanned(guest, spec.job)
@@ -62,7 +62,7 @@ async def start(guest: Guest, spec: MirrorSpec) -> None:
         raise JobFailed("the guest was continued while its mirror started")
 
 
-async def _cancel(guest: Guest, spec: MirrorSpec) -> None:
+async def _cancel(guest: Guest, spec: Start) -> None:
     with suppress(PromoterError):  # it has failed, or the guest is gone
         await guest.cancel(spec.job)
 

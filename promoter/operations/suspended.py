@@ -1,17 +1,19 @@
-"""What is done to a libvirt domain while it is suspended: by a process of its own.
+"""What is done to a guest while it is suspended: by a process of its own.
 
-libvirt has no PENDING. So for the switchover the guest is suspended, its disks pivot one
-after the other, the persistent definition gets the new files, and the guest goes on: a write
-can be acknowledged only where the next boot finds it. Where QEMU can lose writes while a
-mirror starts, the guest is suspended for that too.
+libvirt has no PENDING, and a snapshot has none either. So for the switchover the guest is
+suspended, its disks pivot one after the other or get their overlays at once, what the next boot
+opens is changed, and the guest goes on: a write can be acknowledged only where the next boot
+finds it. Where QEMU can lose writes while a domain's mirror starts, the domain is suspended for
+that too.
 
 Whatever becomes of promoter meanwhile, this process goes on to the end, and so nobody stays
 frozen. It holds the operation's lock, so that ``job resume`` does not come in between. Should it
-die itself, promoter sees a guest that it had stopped, and does the rest.
+die itself, promoter sees a guest that it had stopped, and does the rest. A plain guest's monitor
+serves one client: promoter closes its own before.
 
 Run as ``python -m promoter.operations.suspended SPEC``; its answer is on standard output.
 Source: ``virDomainSuspend``, ``virDomainBlockCopy``, ``virDomainBlockJobAbort`` (``PIVOT``),
-``virDomainDefineXML``.
+``virDomainDefineXML``, ``virDomainSnapshotCreateXML``; QAPI ``transaction``, ``blockdev-reopen``.
 """
 
 from __future__ import annotations
@@ -20,24 +22,34 @@ import asyncio
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from pydantic import TypeAdapter
 
 from promoter.errors import JobFailed, Unreachable
 from promoter.guests.base import (
     CommandFailed,
+    CommitSpec,
     ConnectionLost,
     DefinedDisk,
     Domain,
+    Guest,
     GuestView,
     MirrorSpec,
+    NodeSpec,
+    PlainGuest,
+    SnapshotSpec,
 )
 from promoter.guests.libvirt import LibvirtGuest
+from promoter.guests.qmp import QmpGuest
+from promoter.operations.promotion import DomainAddress
 from promoter.operations.start import scanned, start
+from promoter.operations.switchover import TooSlow, settle
 from promoter.storage.files import sync
+from promoter.storage.names import Names
 
 LONGEST = 60.0
 LONGEST_ABSENCE = 60.0
@@ -46,13 +58,18 @@ LONGEST_ABSENCE = 60.0
 
 @dataclass(frozen=True)
 class Work:
-    """A mirror to start, or the disks to pivot, by name. ``running``: suspend the guest for it."""
+    """What to do in a guest: a mirror or commit to start, the disks to pivot, by name, or
+    snapshots, with the names that a plain guest's next boot goes by. ``running``: suspend the
+    guest for it; ``settle``: for as many seconds at most while the copies catch up.
+    """
 
-    uri: str
-    uuid: str
+    guest: DomainAddress | Path
     running: bool
-    start: MirrorSpec | None = None
+    start: MirrorSpec | CommitSpec | None = None
     pivot: dict[str, DefinedDisk] = field(default_factory=dict)
+    settle: float | None = None
+    snapshots: tuple[SnapshotSpec, ...] = ()
+    names: tuple[Names, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,6 +78,7 @@ class Done:
 
     pause: float | None
     failures: tuple[str, ...] = ()
+    too_slow: bool = False
 
 
 WORK, DONE = TypeAdapter(Work), TypeAdapter(Done)
@@ -69,7 +87,8 @@ WORK, DONE = TypeAdapter(Work), TypeAdapter(Done)
 async def while_suspended(work: Work, lock_fd: int) -> float | None:
     """Have a process of its own do it; for how many seconds it had the guest suspended.
 
-    Raises `JobFailed` when something failed, `ConnectionLost` when libvirtd went away.
+    Raises `JobFailed` when something failed, `TooSlow` when the copies did not catch up,
+    `ConnectionLost` when libvirtd or the guest went away.
     """
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", __name__, WORK.dump_json(work).decode()),
@@ -83,39 +102,73 @@ async def while_suspended(work: Work, lock_fd: int) -> float | None:
             answer, _ = await process.communicate()
     except TimeoutError as error:
         process.kill()
-        raise JobFailed("libvirt did not answer in time while the guest was suspended") from error
+        raise JobFailed("no answer in time while the guest was suspended") from error
     if process.returncode == ConnectionLost.exit_code:
-        raise ConnectionLost(f"libvirt at {work.uri} went away while the guest was suspended")
+        raise ConnectionLost("the guest's host went away while the guest was suspended")
     if process.returncode:
         raise JobFailed("the process that had the guest suspended did not end well")
     done = DONE.validate_json(answer)
     if done.failures:
-        raise JobFailed("; ".join(done.failures))
+        raise (TooSlow if done.too_slow else JobFailed)("; ".join(done.failures))
     return done.pause
 
 
-async def go_on(domain: Domain, disks: Mapping[str, DefinedDisk]) -> None:
-    """After work that broke off: define the disks that have switched, and continue the guest."""
-    view = await domain.look()
-    switched = {name: new for name, new in disks.items() if _is_on(view, name, new)}
-    await define(domain, switched)
-    if view.status == "paused":
+async def go_on(
+    guest: Guest,
+    disks: Mapping[str, DefinedDisk],
+    snapshots: Sequence[SnapshotSpec] = (),
+    names: Sequence[Names] = (),
+    *,
+    proceed: bool = True,
+) -> None:
+    """After work that broke off: the next boot opens the disks that have switched, and the
+    guest continues, if it is to ``proceed``.
+    """
+    view = await guest.look()
+    if isinstance(guest, Domain):
+        await define(guest, {name: new for name, new in disks.items() if _is_on(view, name, new)})
+    elif any(_is_on(view, spec.disk, spec.overlay) for spec in snapshots):
+        await _snapshot(guest, snapshots, names)
+    if proceed and view.status == "paused":
         for job in view.jobs:
-            await scanned(domain, job)
-        await domain.cont()
+            await scanned(guest, job)
+        await guest.cont()
 
 
-def _is_on(view: GuestView, name: str, new: DefinedDisk) -> bool:
+def _is_on(view: GuestView, name: str, new: DefinedDisk | NodeSpec) -> bool:
     disk = view.disk(name)
-    return disk is not None and any(image.file == new.file for image in disk.chain)
+    return disk is not None and disk.chain.active.file == new.file
+
+
+async def _snapshot(
+    guest: Guest, snapshots: Sequence[SnapshotSpec], names: Sequence[Names]
+) -> None:
+    """Freeze the disks and have the next boot open the overlays.
+
+    It does also when QEMU has made the snapshot, but not learnt the frozen layers' new names:
+    the error then comes afterwards.
+    """
+    try:
+        await guest.snapshot(snapshots)
+    finally:
+        view = await guest.look()
+        if isinstance(guest, Domain):
+            await _make_durable(guest)
+        elif all(_is_on(view, spec.disk, spec.overlay) for spec in snapshots):
+            for each in names:
+                each.settle()
 
 
 async def define(domain: Domain, disks: Mapping[str, DefinedDisk]) -> None:
     """Have the next boot open these files, also after a power cut."""
     if disks:
         await domain.define(disks)
-        if domain.definitions:
-            await asyncio.to_thread(sync, domain.definitions)
+        await _make_durable(domain)
+
+
+async def _make_durable(domain: Domain) -> None:
+    if domain.definitions:
+        await asyncio.to_thread(sync, domain.definitions)
 
 
 async def _pivot(domain: Domain, disks: Mapping[str, DefinedDisk]) -> tuple[str, ...]:
@@ -135,41 +188,58 @@ async def _pivot(domain: Domain, disks: Mapping[str, DefinedDisk]) -> tuple[str,
     return tuple(failures)
 
 
-async def _work(domain: Domain, work: Work) -> Done:
-    began = time.monotonic()
+async def _work(guest: Guest, work: Work) -> Done:
     failures: tuple[str, ...] = ()
+    too_slow = False
+    if isinstance(guest, PlainGuest):
+        for spec in work.snapshots:
+            await guest.attach(spec.overlay)
+    began = time.monotonic()
     if work.running:
-        await domain.stop()
+        await guest.stop()
     try:
         if work.start:
-            await start(domain, work.start)
-        failures = await _pivot(domain, work.pivot)
+            await start(guest, work.start)
+        if work.settle is not None:
+            await settle(guest, work.pivot, work.settle)
+        if isinstance(guest, Domain):
+            failures = await _pivot(guest, work.pivot)
+        if work.snapshots:
+            await _snapshot(guest, work.snapshots, work.names)
     except JobFailed as error:
         failures = (error.message,)
+        too_slow = isinstance(error, TooSlow)
     finally:
         if work.running:
-            await domain.cont()
-    return Done(time.monotonic() - began if work.running else None, failures)
+            await guest.cont()
+    return Done(time.monotonic() - began if work.running else None, failures, too_slow)
 
 
 async def _run(work: Work) -> Done:
-    domain = await LibvirtGuest.connect(work.uuid, work.uri)
+    guest = await _connect(work.guest)
     try:
-        return await _work(domain, work)
+        return await _work(guest, work)
     except ConnectionLost:
-        await domain.close()
-        domain = await _come_back(work)
-        await go_on(domain, work.pivot)
+        await guest.close()
+        if isinstance(work.guest, DomainAddress):
+            guest = await _come_back(work.guest)
+            await go_on(guest, work.pivot)
         raise
     finally:
-        await domain.close()
+        await guest.close()
 
 
-async def _come_back(work: Work) -> LibvirtGuest:
+async def _connect(address: DomainAddress | Path) -> Guest:
+    if isinstance(address, Path):
+        return await QmpGuest.connect(address)
+    return await LibvirtGuest.connect(address.uuid, address.uri)
+
+
+async def _come_back(address: DomainAddress) -> Guest:
     async with asyncio.timeout(LONGEST_ABSENCE):
         while True:
             with suppress(Unreachable):
-                return await LibvirtGuest.connect(work.uuid, work.uri)
+                return await _connect(address)
             await asyncio.sleep(0.1)
 
 

@@ -11,17 +11,23 @@ still writes to the old overlay then, so its path is the old overlay again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
-from promoter.blockjob import DRAINED, BlockJob, JobStatus
+from promoter.blockjob import DRAINED, READY, BlockJob, JobStatus
 from promoter.errors import JobFailed, NoSpace, PromoterError
-from promoter.guests.base import CommandFailed, PlainGuest
+from promoter.guests.base import CommandFailed, Guest, PlainGuest
 from promoter.operations import guard
 from promoter.operations.guarding import Pulse, guarded
 from promoter.operations.promotion import DiskIntent
+from promoter.operations.start import LOOK_EVERY
 
 LONGEST_WAIT = 60.0
+
+
+class TooSlow(JobFailed):
+    """What was left to copy did not fit into the pause; nothing has changed."""
 
 
 async def switch_over(guest: PlainGuest, disks: Sequence[DiskIntent]) -> None:
@@ -29,18 +35,65 @@ async def switch_over(guest: PlainGuest, disks: Sequence[DiskIntent]) -> None:
 
     Raises `JobFailed` when disks were put back; `ConnectionLost` when the guest went away.
     """
-    switches = tuple(guard.Switch(disk.node, disk.names) for disk in disks)
-    async with guarded(guest, switches) as alive:
+    async with guarded(guest, _switches(disks)) as alive:
+        await _switch_over(guest, disks, alive)
+
+
+async def switch_over_standing(
+    guest: PlainGuest, disks: Sequence[DiskIntent], pause: float
+) -> float:
+    """The same for jobs that copy behind the guest's writes: its CPUs stop meanwhile; for how
+    many seconds.
+
+    Raises `TooSlow` when what is left is not copied within ``pause`` seconds.
+    """
+    async with guarded(guest, _switches(disks), standing=True) as alive:
+        began = time.monotonic()
+        await guest.stop()
         try:
-            async with asyncio.timeout(LONGEST_WAIT):
-                await _drain(guest, disks, alive)
-            await commit(guest, disks[0])
-        except BaseException as error:
-            await _put_back(guest, disks)
-            if isinstance(error, TimeoutError):
-                raise JobFailed(f"{guest.name}: no switchover in {LONGEST_WAIT:.0f} s") from error
-            raise
-        await commit_all(guest, disks[1:])
+            await settle(guest, [disk.job for disk in disks], pause, alive.beat)
+            await _switch_over(guest, disks, alive)
+        finally:
+            await guest.cont()
+        return time.monotonic() - began
+
+
+async def settle(
+    guest: Guest, jobs: Iterable[str], pause: float, tick: Callable[[], None] = lambda: None
+) -> None:
+    """Wait until all is copied in a guest that stands still. No event tells.
+
+    Raises `TooSlow` after ``pause`` seconds.
+    """
+    try:
+        async with asyncio.timeout(pause):
+            for job in jobs:
+                while _lags(await guest.job(job)):
+                    tick()
+                    await asyncio.sleep(LOOK_EVERY)
+    except TimeoutError:
+        raise TooSlow(f"what is left to copy takes more than {pause:g} s") from None
+
+
+def _lags(job: BlockJob | None) -> bool:
+    return job is not None and job.status in READY and job.done < job.total
+
+
+def _switches(disks: Sequence[DiskIntent]) -> tuple[guard.Switch, ...]:
+    return tuple(guard.Switch(disk.job, disk.names) for disk in disks)
+
+
+async def _switch_over(guest: PlainGuest, disks: Sequence[DiskIntent], alive: Pulse) -> None:
+    try:
+        async with asyncio.timeout(LONGEST_WAIT):
+            await _drain(guest, disks, alive)
+        await commit(guest, disks[0])
+    except BaseException as error:
+        await _put_back(guest, disks)
+        if isinstance(error, TimeoutError):
+            raise JobFailed(f"{guest.name}: no switchover in {LONGEST_WAIT:.0f} s") from error
+        raise
+    await commit_all(guest, disks[1:])
 
 
 async def commit_all(guest: PlainGuest, disks: Sequence[DiskIntent]) -> None:
@@ -66,11 +119,11 @@ async def commit(guest: PlainGuest, disk: DiskIntent) -> None:
         else:
             disk.names.settle()
     except OSError as error:
-        await guest.cancel(disk.node)
+        await guest.cancel(disk.job)
         raise JobFailed(f"{disk.name} was put back: its name cannot change: {error}") from error
     with suppress(CommandFailed):  # the guard was faster: the job's own state tells
-        await guest.finalize(disk.node)
-    job = await guest.wait_for(disk.node, (), lambda _: None)
+        await guest.finalize(disk.job)
+    job = await guest.wait_for(disk.job, (), lambda _: None)
     if job is not None and job.error:
         disk.names.put_back()
         raise JobFailed(f"{disk.name} could not be switched: {job.error}")
@@ -79,12 +132,12 @@ async def commit(guest: PlainGuest, disk: DiskIntent) -> None:
 async def _drain(guest: PlainGuest, disks: Sequence[DiskIntent], alive: Pulse) -> None:
     for disk in disks:
         try:
-            await guest.complete(disk.node)
+            await guest.complete(disk.job)
         except CommandFailed as error:  # it failed while it was ready: the job says why
-            job = await guest.wait_for(disk.node, tuple(JobStatus), alive.beat)
+            job = await guest.wait_for(disk.job, tuple(JobStatus), alive.beat)
             raise _not_switched(disk, job) from error
     for disk in disks:
-        job = await guest.wait_for(disk.node, DRAINED, alive.beat)
+        job = await guest.wait_for(disk.job, DRAINED, alive.beat)
         if job is None or job.status not in DRAINED:
             raise _not_switched(disk, job)
 
@@ -99,11 +152,11 @@ async def _put_back(guest: PlainGuest, disks: Sequence[DiskIntent]) -> None:
     for disk in disks:
         disk.names.revoke()
         with suppress(PromoterError):  # ended already, or the guest is gone
-            await guest.cancel(disk.node)
+            await guest.cancel(disk.job)
 
 
 def pause_seconds(guest: PlainGuest, disk: DiskIntent) -> float | None:
     """How long the guest's I/O stood still, by QEMU's own event timestamps."""
-    drained = guest.transition_time(disk.node, JobStatus.WAITING)
-    flowing = guest.transition_time(disk.node, JobStatus.CONCLUDED)
+    drained = guest.transition_time(disk.job, JobStatus.WAITING)
+    flowing = guest.transition_time(disk.job, JobStatus.CONCLUDED)
     return None if drained is None or flowing is None else flowing - drained

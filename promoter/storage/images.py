@@ -15,6 +15,7 @@ import signal
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,42 @@ async def measure(images: tuple[Image, ...], image_format: str, options: str) ->
     return required
 
 
-async def create(path: Path, image_format: str, options: str, virtual_size: int) -> None:
-    """Make an empty image of ``virtual_size`` bytes."""
-    await _qemu_img("create", "-f", image_format, "-o", options, str(path), str(virtual_size))
+@dataclass(frozen=True)
+class Backing:
+    """What an image's header says of the one below it."""
+
+    name: Path
+    format: str
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return ("-b", str(self.name), "-F", self.format)
+
+
+async def create(
+    path: Path,
+    image_format: str,
+    options: str,
+    virtual_size: int,
+    backing: Backing | None = None,
+) -> None:
+    """Make an empty image of ``virtual_size`` bytes; what lies below need not be there yet."""
+    below = ("-u", *backing.arguments) if backing else ()
+    await _qemu_img(
+        *("create", "-f", image_format, "-o", options, *below, str(path), str(virtual_size))
+    )
+
+
+async def rebase(
+    path: Path, onto: Backing, *, direct: bool, pace: Pace, report: Callable[[float], None]
+) -> None:
+    """Write into a qcow2 image what its chain has above ``onto``, then have it lie on that.
+
+    ``report`` gets percents. Nobody else may have the image open.
+    """
+    cache = "none" if direct else "writeback"
+    arguments = ("rebase", "-p", "-f", "qcow2", "-t", cache, *onto.arguments, str(path))
+    await _qemu_img(*arguments, report=report, pace=pace)
 
 
 async def resize(path: Path, image_format: str, virtual_size: int, preallocation: str) -> None:
@@ -101,8 +135,8 @@ async def commit(
 
     ``report`` gets percents. Nobody else may have either open.
     """
-    backing = ("-b", str(into), "-F", image_format)
-    await _qemu_img("rebase", "-u", "-f", "qcow2", *backing, str(overlay))
+    backing = Backing(into, image_format)
+    await _qemu_img("rebase", "-u", "-f", "qcow2", *backing.arguments, str(overlay))
     cache = "none" if direct else "writeback"
     options = ("-p", "-d", "-f", "qcow2", "-t", cache)
     await _qemu_img("commit", *options, str(overlay), report=report, pace=pace)

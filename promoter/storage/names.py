@@ -17,6 +17,7 @@ file system gives it to one of them.
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -24,6 +25,9 @@ from pathlib import Path
 
 from promoter.chain import FileId
 from promoter.storage.files import file_id, sync
+
+SPARE = re.compile(r".*\.(new|snapshot-[0-9]{8}T[0-9]{6}Z)-[0-9a-f]{8}")
+"""Names that promoter gives a file beside the one that the guest boots from."""
 
 
 class Named(Enum):
@@ -40,7 +44,8 @@ class Names:
 
     ``path`` is what the guest's command line opens, ``old`` the overlay it leads to
     before the switch, ``aside`` the name the old overlay keeps, ``prepared`` the name
-    that the commit moves over ``path``. ``defined``: the guest is a libvirt domain.
+    that the commit moves over ``path``. ``defined``: the guest is a libvirt domain. Where
+    ``aside`` is ``path`` the old overlay keeps its name.
     """
 
     old: FileId
@@ -110,16 +115,22 @@ class Names:
         moved = path is None or self.path.is_symlink()
         return Named.NEW if moved and file_id(self.aside) == self.old else Named.UNKNOWN
 
+    def spares(self) -> list[Path]:
+        """The other names that promoter gave the file that the path leads to."""
+        disk = file_id(self.path)
+        named = (path for path in self.path.parent.iterdir() if SPARE.fullmatch(path.name))
+        return [path for path in named if self.in_place and file_id(path) == disk]
+
     def tidy(self) -> None:
         """After the switch: remove the name that leads nowhere, or to a domain's old overlay."""
         is_spare = self.is_old() and self.is_prepared() if self.defined else self.path.is_symlink()
-        if not self.in_place and is_spare:
+        if not self.in_place and is_spare and self.aside != self.path:
             self.path.unlink()
             sync(self.path.parent)
 
     def withdraw(self) -> None:
         """Before any switch: remove the names made by `prepare`."""
         self.prepared.unlink(missing_ok=True)
-        if self.is_old():
+        if self.is_old() and self.aside != self.path:
             self.aside.unlink(missing_ok=True)
         sync(self.path.parent)

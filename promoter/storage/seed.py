@@ -26,7 +26,7 @@ from promoter.chain import FileStamp, Image
 from promoter.errors import NoSpace, Refused
 from promoter.storage import images
 from promoter.storage.files import stamp, sync
-from promoter.storage.images import LONGEST_NAP, Report
+from promoter.storage.images import LONGEST_NAP, Backing, Report
 from promoter.storage.pace import Pace
 
 FICLONE = 0x40049409
@@ -77,7 +77,8 @@ class Geometry:
 class SeedSpec:
     """One seed: ``layers`` as one image of ``virtual_size`` bytes.
 
-    ``like`` is the file whose owner and mode the seed gets.
+    ``like`` is the file whose owner and mode the seed gets. With ``backing`` it lies above that
+    image, and ``layers`` are those above it.
     """
 
     layers: tuple[Image, ...]
@@ -86,6 +87,7 @@ class SeedSpec:
     geometry: Geometry
     virtual_size: int
     like: Path
+    backing: Backing | None = None
 
 
 def copies_only_data(layer: Image, wanted: Geometry) -> bool:
@@ -147,6 +149,8 @@ async def make_seed(spec: SeedSpec, pace: Pace, report: Report) -> FileStamp:
 
 
 async def _resize(spec: SeedSpec) -> None:
+    if spec.backing:  # it was made in its size
+        return
     geometry, size = spec.geometry, spec.virtual_size
     grows = spec.method is not SeedMethod.NONE and size > spec.layers[0].virtual_size
     preallocation = geometry.preallocation if grows else Preallocation.OFF
@@ -183,6 +187,8 @@ async def _fill(spec: SeedSpec, pace: Pace, report: Report) -> None:
                 await _merge(layer, spec, pace, report)
         case SeedMethod.COPY:
             await _copy(spec, pace, report)
+        case SeedMethod.CONVERT if spec.backing:
+            await _gather(spec, spec.backing, pace, report)
         case SeedMethod.CONVERT:
             await images.convert(
                 spec.layers,
@@ -194,7 +200,27 @@ async def _fill(spec: SeedSpec, pace: Pace, report: Report) -> None:
                 report=report,
             )
         case SeedMethod.NONE:
-            await images.create(spec.part, geometry.format, geometry.options, spec.virtual_size)
+            await _create(spec, spec.backing)
+
+
+async def _create(spec: SeedSpec, backing: Backing | None) -> None:
+    geometry = spec.geometry
+    made = (spec.part, geometry.format, geometry.options, spec.virtual_size)
+    await images.create(*made, backing)
+
+
+async def _gather(spec: SeedSpec, backing: Backing, pace: Pace, report: Report) -> None:
+    """Write what the layers hold above ``backing`` into one image on it."""
+    top = spec.layers[0]
+    await _create(spec, Backing(_file(top), top.format))
+    total = sum(layer.allocated for layer in spec.layers)
+    await images.rebase(
+        spec.part,
+        backing,
+        direct=_takes_direct_io(spec.part),
+        pace=pace,
+        report=lambda percent: report(int(total * percent / 100), total),
+    )
 
 
 async def _merge(layer: Image, spec: SeedSpec, pace: Pace, report: Report) -> None:

@@ -1,0 +1,211 @@
+"""Consolidate: the deltas that snapshots left behind are merged, while the guest writes.
+
+By default into the lowest layer that nobody else reads through, by one commit for the whole
+range, so that each cluster is copied once whatever the number of layers; or, ``beside``, into a
+new disk, by a mirror, above the layers that are shared. Here it is planned; `promotion.decide`
+and `promote` do it, as they do a promotion.
+
+Source: US 10956041 B2: the target is a disk of the chain, the delta is copied to it in a single
+iteration; QAPI ``block-commit``, libvirt's ``virDomainBlockCommit``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+
+from promoter.chain import BackingChain, Disk, Image
+from promoter.errors import Refused
+from promoter.guests.base import Guest, GuestView
+from promoter.operations.plan import (
+    Plan,
+    choose_layout,
+    choose_names,
+    file_of,
+    full_size,
+    make_plan,
+    options_for,
+    stamps,
+)
+from promoter.operations.preflight import (
+    check_chain,
+    check_idle,
+    check_in_place,
+    check_names,
+    check_pause,
+    check_start,
+)
+from promoter.operations.promotion import Choices, DiskIntent, Kind, Way
+from promoter.storage.files import file_id
+from promoter.storage.names import Names
+from promoter.storage.seed import Geometry, SeedMethod
+from promoter.storage.siblings import Reader, find_readers
+
+Readers = Mapping[Path, tuple[Reader, ...]]
+
+
+async def plan(guest: Guest, identity: str, choices: Choices) -> Plan:
+    """Plan a consolidation. Raises `Refused` with the reason, or `Unreachable`."""
+    return await make_plan(guest, identity, Kind.CONSOLIDATE, choices, _check, _plan_disk)
+
+
+def _check(view: GuestView, disks: list[Disk], choices: Choices) -> None:
+    layered = [disk for disk in disks if len(disk.chain) > 1]
+    if choices.target and len(layered) > 1:
+        raise Refused(
+            "--target names one file, but several disks would be consolidated",
+            "Name one disk, or give --target-dir.",
+        )
+    if layered:
+        check_start(view)
+
+
+async def _plan_disk(
+    guest: Guest, view: GuestView, disk: Disk, choices: Choices, identity: str, index: int
+) -> DiskIntent | None:
+    """Plan one disk; None when there is nothing to merge."""
+    if len(disk.chain) == 1:
+        return None
+    check_idle(disk)
+    await check_chain(guest, disk)
+    readers = await asyncio.to_thread(find_readers, guest.pid, disk, view.disks, choices.scan)
+    into = _into(disk, choices, readers)
+    if into is None:
+        return None
+    top = _position(disk, choices.top, "top") if choices.top else 0
+    if top >= into:
+        raise Refused(
+            f"{disk.name}: the top, {file_of(disk.chain.images[top])}, is not above the base,"
+            f" {file_of(disk.chain.images[into])}",
+            "See its layers: promoter chain",
+        )
+    _check_contents(disk, disk.chain.images[top : into + 1])
+    if choices.beside:
+        return await _beside(view, disk, choices, identity, index, into)
+    _check_target(disk, disk.chain.images[into], readers)
+    if not top:
+        _check_switchover(view, disk)
+    return _commit(disk, choices, identity, index, top, into)
+
+
+def _into(disk: Disk, choices: Choices, readers: Readers) -> int | None:
+    """Which layer is merged into: the lowest that only this guest reads, None if there is none."""
+    if choices.base:
+        return _position(disk, choices.base, "base")
+    own = [i for i, image in enumerate(disk.chain) if i and not readers.get(file_of(image))]
+    return max(own, default=None)
+
+
+def _position(disk: Disk, name: str, what: str) -> int:
+    """The layer that is called ``name``: its file, that file's name, or its node-name."""
+    for index, image in enumerate(disk.chain):
+        file = file_of(image)
+        if name in (image.node, file.name) or Path(name).absolute() == file:
+            return index
+    layers = ", ".join(file_of(image).name for image in disk.chain)
+    raise Refused(f"{disk.name}: {what} {name} is not in its chain", f"Its layers are: {layers}.")
+
+
+def _check_contents(disk: Disk, layers: tuple[Image, ...]) -> None:
+    for image in layers:
+        if image.snapshots:
+            raise Refused(
+                f"{disk.name}: {image.file} holds internal snapshots: {', '.join(image.snapshots)}",
+                "They would not be of its contents any more. Delete them first (qemu-img"
+                " snapshot -d, delvm).",
+            )
+        if image.encrypted:
+            raise Refused(
+                f"{disk.name}: {image.file} is encrypted",
+                "Its data could come to lie in clear text. Promote it: --lose encryption",
+            )
+
+
+def _check_target(disk: Disk, target: Image, readers: Readers) -> None:
+    file = file_of(target)
+    if others := readers.get(file):
+        raise Refused(
+            f"{disk.name}: {file} is read by others too: {'; '.join(map(str, others))}",
+            "Writing to it would corrupt them. Merge into a layer above it (--base), or onto a"
+            " new disk (--beside).",
+        )
+    if target.virtual_size > disk.chain.active.virtual_size:
+        raise Refused(
+            f"{disk.name}: {file} is larger than the disk",
+            "The guest would see its disk grow. Use --beside, or resize the disk first.",
+        )
+
+
+def _check_switchover(view: GuestView, disk: Disk) -> None:
+    check_pause(view)
+    if disk.node != disk.chain.active.node:
+        raise Refused(
+            f"{disk.name}: a throttle filter lies above its image, which the commit would remove",
+            "Use --beside, or throttle with -drive or the device instead.",
+        )
+
+
+def _commit(
+    disk: Disk, choices: Choices, identity: str, index: int, top: int, into: int
+) -> DiskIntent:
+    target = disk.chain.images[into]
+    names = _names(disk, identity, file_of(target), below=bool(top))
+    if not (top or disk.libvirt):
+        check_in_place(disk, target.format)
+    check_names(names)
+    return DiskIntent(
+        mark=f"promoter-{identity}-{index}",
+        index=index,
+        key=disk.key,
+        name=disk.name,
+        root=disk.node,
+        chain=disk.chain,
+        below=stamps(disk.chain),
+        options=disk.options,
+        names=names,
+        method=SeedMethod.NONE,
+        geometry=Geometry(target.format),
+        required=sum(image.allocated for image in disk.chain.images[top:into]),
+        way=Way.COMMIT_BELOW if top else Way.COMMIT,
+        top=top,
+        into=into,
+    )
+
+
+def _names(disk: Disk, identity: str, target: Path, *, below: bool) -> Names:
+    path = file_of(disk.chain.active)
+    overlay = file_id(path)
+    assert overlay, f"{path}: checked to be there"
+    return Names(
+        old=overlay,
+        path=path,
+        target=target,
+        aside=path if below else path.with_name(f"{path.name}.aside-{identity}"),
+        prepared=path.with_name(f"{path.name}.next-{identity}"),
+        in_place=not (below or disk.libvirt),
+        defined=disk.libvirt is not None,
+    )
+
+
+async def _beside(
+    view: GuestView, disk: Disk, choices: Choices, identity: str, index: int, into: int
+) -> DiskIntent:
+    names = choose_names(disk, choices, identity)
+    layout = choose_layout(disk.chain, choices)
+    merged = BackingChain(disk.chain.images[: into + 1])
+    return DiskIntent(
+        mark=f"promoter-{identity}-{index}",
+        index=index,
+        key=disk.key,
+        name=disk.name,
+        root=disk.node,
+        chain=disk.chain,
+        below=stamps(disk.chain),
+        options=options_for(disk, view),
+        names=names,
+        method=SeedMethod.CONVERT if into else SeedMethod.NONE,
+        geometry=layout,
+        required=min(sum(image.allocated for image in merged), await full_size(disk.chain, layout)),
+        kept=len(disk.chain) - into - 1,
+    )
