@@ -93,6 +93,16 @@ Connect = Annotated[
         "--connect", "-c", metavar="URI", envvar="LIBVIRT_DEFAULT_URI", help="libvirt, for domains."
     ),
 ]
+Scan = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="DIR",
+        exists=True,
+        file_okay=False,
+        readable=False,
+        help="Look for overlays there too, and in all directories below; repeatable.",
+    ),
+]
 Identity = Annotated[str, typer.Argument(metavar="ID", help="An operation's id.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
@@ -110,15 +120,18 @@ State = Annotated[
 
 
 @app.command()
-def chain(guest: Guest, connect: Connect = DEFAULT_URI, as_json: Json = False) -> None:
-    """Show the backing chain of each disk as the running guest has it.
+def chain(
+    guest: Guest, connect: Connect = DEFAULT_URI, scan: Scan = None, as_json: Json = False
+) -> None:
+    """Show the backing chain of each disk as the running guest has it, and who else reads it.
 
-    Of a libvirt domain also what libvirt believes, where that differs.
+    Of a libvirt domain also what libvirt believes, where that differs. Readers are processes of
+    this host, and qcow2 overlays, running or not, in the directories of the images.
     """
     output = choose(as_json=as_json, quiet=False, verbose=False)
 
     async def work() -> None:
-        output.chains(guest, await run.look(guest, connect))
+        output.chains(guest, *await run.look(guest, connect, scan or ()))
 
     run.finish(work(), output)
 

@@ -26,6 +26,7 @@ from promoter.guests.base import GuestView
 from promoter.operations.journal import Entry, OperationStatus, Step
 from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import Plan
+from promoter.storage.siblings import Siblings
 
 LINE_EVERY = 5.0
 LOG_WIDTH = 500
@@ -43,7 +44,7 @@ def human_seconds(seconds: float | None) -> str:
 class Output(Protocol):
     """One command's voice."""
 
-    def chains(self, guest: str, view: GuestView) -> None: ...
+    def chains(self, guest: str, view: GuestView, siblings: Siblings | None) -> None: ...
 
     def operations(self, entries: Sequence[Entry]) -> None: ...
 
@@ -71,8 +72,8 @@ class JsonOutput:
         sys.stdout.write(json.dumps({"event": event, **fields}, default=str) + "\n")
         sys.stdout.flush()
 
-    def chains(self, guest: str, view: GuestView) -> None:
-        self._say("result", **chain_fields(guest, view))
+    def chains(self, guest: str, view: GuestView, siblings: Siblings | None) -> None:
+        self._say("result", **chain_fields(guest, view, siblings))
 
     def operations(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
@@ -129,8 +130,8 @@ class PlainOutput:
         self._verbose = verbose
         self._said: dict[tuple[str, str], float] = {}
 
-    def chains(self, guest: str, view: GuestView) -> None:
-        self.console.print(tree(guest, view))
+    def chains(self, guest: str, view: GuestView, siblings: Siblings | None) -> None:
+        self.console.print(tree(guest, view, siblings))
 
     def operations(self, entries: Sequence[Entry]) -> None:
         table = Table("ID", "OPERATION", "GUEST", "STATUS", "STARTED", "RESULT", box=None)

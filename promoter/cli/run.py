@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import plan
 from promoter.operations.promote import INTENT, PromoteOperation
 from promoter.operations.promotion import Choices, Promotion
+from promoter.storage.siblings import Siblings, find_siblings
 
 ENDED = frozenset({OperationStatus.DONE, OperationStatus.FAILED, OperationStatus.CANCELLED})
 
@@ -48,13 +49,19 @@ def _fail(error: PromoterError, output: Output) -> None:
     raise typer.Exit(error.exit_code) from error
 
 
-async def look(name: str, uri: str) -> GuestView:
-    """One look at the running guest that ``name`` means; domains are those of ``uri``."""
+async def look(name: str, uri: str, scan: Collection[Path]) -> tuple[GuestView, Siblings | None]:
+    """One look at the running guest that ``name`` means; domains are those of ``uri``.
+
+    And who else reads its images, when they are on this host.
+    """
     guest = await connect(name, uri)
     try:
-        return await guest.look()
+        view = await guest.look()
     finally:
         await guest.close()
+    if guest.pid is None:
+        return view, None
+    return view, await asyncio.to_thread(find_siblings, view.disks, guest.pid, scan)
 
 
 async def connect(name: str, uri: str) -> Guest:

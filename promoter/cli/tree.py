@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,6 +11,9 @@ from rich.tree import Tree
 
 from promoter.chain import Disk, Image
 from promoter.guests.base import GuestView
+from promoter.storage.siblings import Reader, Siblings
+
+MOST_LINES = 6
 
 
 def human_bytes(count: float | None) -> str:
@@ -23,8 +27,11 @@ def human_bytes(count: float | None) -> str:
     return f"{count:.1f} TiB"
 
 
-def tree(guest: str, view: GuestView) -> Tree:
-    """One branch per disk, the active layer at the top and the base at the bottom."""
+def tree(guest: str, view: GuestView, siblings: Siblings | None) -> Tree:
+    """One branch per disk, the active layer at the top and the base at the bottom.
+
+    ``siblings`` is None where nobody looked for them.
+    """
     root = Tree(f"[bold]{escape(guest)}[/] ({view.status})")
     for disk in view.disks:
         kind = "full clone" if len(disk.chain) == 1 else "linked clone"
@@ -32,25 +39,51 @@ def tree(guest: str, view: GuestView) -> Tree:
         branch = top = root.add(f"[bold]{escape(disk.name)}[/] {kind}{access}")
         for image in disk.chain:
             branch = branch.add(_describe(image, shared_by(view, disk, image)))
+            _list(branch, "read by", _outside(siblings, disk, image))
         for difference in disk.differences:
             top.add(f"[yellow]{escape(difference)}[/]")
+    if siblings is None:
+        root.add("[yellow]the guest is not on this host: who else reads its images is not known[/]")
+    else:
+        _list(root, "[yellow]not looked into:[/]", siblings.unreadable)
     return root
 
 
-def chain_fields(guest: str, view: GuestView) -> dict[str, Any]:
+def _list(branch: Tree, what: str, items: Sequence[object]) -> None:
+    """A line for each, as far as people read them."""
+    for item in items[:MOST_LINES]:
+        branch.add(f"{what} {escape(str(item))}")
+    if len(items) > MOST_LINES:
+        branch.add(f"{what} {len(items) - MOST_LINES} more, see --json")
+
+
+def _outside(siblings: Siblings | None, disk: Disk, image: Image) -> list[Reader]:
+    """The readers that are not the guest's own disks."""
+    found = siblings.of(disk, image) if siblings else ()
+    return [reader for reader in found if reader.disk is None]
+
+
+def chain_fields(guest: str, view: GuestView, siblings: Siblings | None) -> dict[str, Any]:
     """The same for ``--json``. Sizes in bytes."""
     return {
         "operation": "chain",
         "guest": guest,
         "status": view.status,
         "exit_code": 0,
+        "not_looked_into": [asdict(item) for item in siblings.unreadable] if siblings else None,
         "disks": [
             {
                 "disk": disk.name,
                 "read_only": disk.read_only,
                 "jobs": disk.jobs,
                 "chain": [
-                    {**asdict(image), "shared_by": shared_by(view, disk, image)}
+                    {
+                        **asdict(image),
+                        "shared_by": shared_by(view, disk, image),
+                        "read_by": [asdict(reader) for reader in siblings.of(disk, image)]
+                        if siblings
+                        else None,
+                    }
                     for image in disk.chain
                 ],
                 "libvirt": asdict(disk.libvirt) if disk.libvirt else None,
@@ -66,7 +99,7 @@ def shared_by(view: GuestView, disk: Disk, image: Image) -> list[str]:
     return [
         other.name
         for other in view.disks
-        if other.key != disk.key and image.file in [layer.file for layer in other.chain]
+        if other.key != disk.key and image.file and image.file in [i.file for i in other.chain]
     ]
 
 
