@@ -12,8 +12,11 @@ import typer
 from promoter.cli import run
 from promoter.cli.output import choose
 from promoter.guests.libvirt import DEFAULT_URI
+from promoter.operations import consolidate as consolidation
+from promoter.operations import plan
+from promoter.operations import snapshot as snapshots
 from promoter.operations.journal import Journal, state_directory
-from promoter.operations.promotion import Choices, CopyMode, Loss
+from promoter.operations.promotion import Choices, CopyMode, Loss, Old
 from promoter.storage.seed import LEAST_EXTENDED, Preallocation, SeedMethod
 
 app = typer.Typer(
@@ -29,6 +32,8 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 FASTEST = 2**62  # QEMU counts in 64 bits
 SIZE = re.compile(r"([0-9]{1,7})([KM]?)(?:i?B)?", re.IGNORECASE)
 CLUSTER_SIZES = frozenset(2**power for power in range(9, 22))
+DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s)")
+LEAST_PAUSE, LONGEST_PAUSE = 0.05, 30.0
 SPEED = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMGT]?)(?:i?B)?(?:/s)?", re.IGNORECASE)
 
 
@@ -74,6 +79,19 @@ def _check_layout(
         raise typer.BadParameter("--extended-l2 needs a --cluster-size of 16k or more")
 
 
+def parse_duration(text: str) -> float:
+    """Seconds from ``500ms`` or ``2s``."""
+    found = DURATION.fullmatch(text.strip())
+    seconds = float(found[1]) / (1000 if found[2] == "ms" else 1) if found else 0
+    if not LEAST_PAUSE <= seconds <= LONGEST_PAUSE:
+        raise typer.BadParameter(
+            f"{text!r} is not a duration from {LEAST_PAUSE:g}s to {LONGEST_PAUSE:g}s,"
+            " such as 500ms or 2s",
+            param_hint="--max-pause",
+        )
+    return seconds
+
+
 def parse_speed(text: str, where: str = "--speed") -> int:
     """Bytes per second from ``100M``, ``1.5GiB/s`` or ``0`` (no limit)."""
     found = SPEED.fullmatch(text.strip())
@@ -103,6 +121,17 @@ Scan = Annotated[
         help="Look for overlays there too, and in all directories below; repeatable.",
     ),
 ]
+Disks = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[DISK]...", help="Target (vda), device id or node-name; default: every disk."
+    ),
+]
+Speed = Annotated[str, typer.Option(metavar="RATE", help="Limit in bytes a second: 50M, 1GiB/s.")]
+OldFiles = Annotated[
+    Old, typer.Option("--old", help="What becomes of the files that are not needed any more.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan only.")]
 Identity = Annotated[str, typer.Argument(metavar="ID", help="An operation's id.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
@@ -140,12 +169,7 @@ def chain(
 def promote(
     guest: Guest,
     state: State,
-    disks: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[DISK]...", help="Target (vda), device id or node-name; default: every disk."
-        ),
-    ] = None,
+    disks: Disks = None,
     connect: Connect = DEFAULT_URI,
     target: Annotated[
         Path | None, typer.Option(help="The new disk's file; default: see above.")
@@ -177,9 +201,7 @@ def promote(
     copy_mode: Annotated[
         CopyMode, typer.Option(help="When a guest's write reaches the new disk.")
     ] = CopyMode.WRITE_BLOCKING,
-    speed: Annotated[
-        str, typer.Option(metavar="RATE", help="Limit in bytes a second: 50M, 1GiB/s.")
-    ] = "0",
+    speed: Speed = "0",
     parallel: Annotated[
         int | None,
         typer.Option(min=1, help="Disks to seed at once; default: one on each file system."),
@@ -187,7 +209,8 @@ def promote(
     lose: Annotated[
         list[Loss] | None, typer.Option(help="What the new disk may be without; repeatable.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan only.")] = False,
+    old: OldFiles = Old.ASIDE,
+    dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -214,9 +237,89 @@ def promote(
         copy_mode=copy_mode,
         parallel=parallel,
         lose=tuple(lose or ()),
+        old=old,
     )
     output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
-    run.finish(run.promote(guest, connect, choices, state, output, dry_run=dry_run), output)
+    work = run.perform(plan.plan, guest, connect, choices, state, output, dry_run=dry_run)
+    run.finish(work, output)
+
+
+@app.command()
+def consolidate(
+    guest: Guest,
+    state: State,
+    disks: Disks = None,
+    connect: Connect = DEFAULT_URI,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="LAYER", help="Merge into this layer; default: the lowest own one."),
+    ] = None,
+    top: Annotated[
+        str | None,
+        typer.Option(metavar="LAYER", help="Merge from this layer down; default: the active one."),
+    ] = None,
+    beside: Annotated[
+        bool,
+        typer.Option("--beside", help="Onto a new disk above what is shared: nothing is written"),
+    ] = False,
+    target: Annotated[Path | None, typer.Option(help="With --beside: the new disk's file.")] = None,
+    target_dir: Annotated[
+        Path | None, typer.Option(help="With --beside: directory for the new disks.")
+    ] = None,
+    scan: Scan = None,
+    speed: Speed = "0",
+    max_pause: Annotated[
+        str,
+        typer.Option(metavar="DURATION", help="The guest stands still this long at most."),
+    ] = "500ms",
+    old: OldFiles = Old.ASIDE,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Merge the deltas that snapshots left, while the guest writes.
+
+    By default everything above the lowest layer that only this guest reads goes into that one.
+    A layer that others read is never written to. LAYER is a file, a file's name or a node-name.
+    """
+    if beside and top:
+        raise typer.BadParameter("--beside merges from the active layer: leave out --top")
+    if (target or target_dir) and not beside:
+        raise typer.BadParameter("--target and --target-dir need --beside")
+    choices = Choices(
+        disks=tuple(disks or ()),
+        target=target,
+        target_dir=target_dir,
+        beside=beside,
+        base=base,
+        top=top,
+        scan=tuple(scan or ()),
+        speed=parse_speed(speed),
+        max_pause=parse_duration(max_pause),
+        old=old,
+    )
+    output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
+    work = run.perform(consolidation.plan, guest, connect, choices, state, output, dry_run=dry_run)
+    run.finish(work, output)
+
+
+@app.command()
+def snapshot(
+    guest: Guest,
+    state: State,
+    disks: Disks = None,
+    connect: Connect = DEFAULT_URI,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Freeze the guest's disks at one instant; it goes on in overlays above them."""
+    choices = Choices(disks=tuple(disks or ()))
+    output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
+    work = run.perform(snapshots.plan, guest, connect, choices, state, output, dry_run=dry_run)
+    run.finish(work, output)
 
 
 @job_app.command("list")

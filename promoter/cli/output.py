@@ -26,9 +26,21 @@ from promoter.guests.base import GuestView
 from promoter.operations.journal import Entry, OperationStatus, Step
 from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import Plan
+from promoter.operations.promotion import DiskIntent, Kind, Way
 from promoter.storage.siblings import Siblings
 
 LINE_EVERY = 5.0
+NOTHING = {
+    Kind.PROMOTE: "it has no backing file",
+    Kind.CONSOLIDATE: "no layer below is known to be this guest's alone (--base LAYER names one)",
+    Kind.SNAPSHOT: "it is read-only",
+}
+BECAME = {
+    Way.MIRROR: "has a new disk now",
+    Way.COMMIT: "is merged",
+    Way.COMMIT_BELOW: "has fewer layers now",
+    Way.SNAPSHOT: "goes on in an overlay",
+}
 LOG_WIDTH = 500
 
 
@@ -88,7 +100,7 @@ class JsonOutput:
         self._say("result", operation="speed", id=operation, speed=speed, exit_code=0)
 
     def plan(self, plan: Plan, *, dry_run: bool) -> None:
-        self._say("plan", operation="promote", **plan_fields(plan))
+        self._say("plan", operation=plan.promotion.kind, **plan_fields(plan))
 
     def step(self, operation: str, action: str) -> None:
         self._say("step", id=operation, action=action)
@@ -103,6 +115,8 @@ class JsonOutput:
             total_bytes=progress.total,
             rate=round(progress.rate),
             eta_s=progress.eta,
+            dirtied=progress.dirtied,
+            limit=progress.limit,
         )
 
     def result(self, result: dict[str, Any], reports: Sequence[DiskReport]) -> None:
@@ -156,13 +170,11 @@ class PlainOutput:
 
     def plan(self, plan: Plan, *, dry_run: bool) -> None:
         for name in plan.nothing_to_do:
-            self.console.print(f"{escape(name)}: nothing to do, it has no backing file")
-        for disk in plan_fields(plan)["disks"]:
+            self.console.print(f"{escape(name)}: nothing to do, {NOTHING[plan.promotion.kind]}")
+        for disk, free in zip(plan.promotion.disks, plan.free, strict=True):
             self.console.print(
-                f"{escape(disk['disk'])}: {escape(str(disk['source']))}"
-                f" -> {escape(str(disk['target']))}, {disk['layers_below']} below, seed by"
-                f" {disk['seed']}, needs {human_bytes(disk['required_bytes'])},"
-                f" {human_bytes(disk['free_bytes'])} free"
+                f"{escape(disk.name)}: {escape(_intention(disk))},"
+                f" needs {human_bytes(disk.required)}, {human_bytes(free)} free"
             )
         for warning in plan.warnings:
             self.console.print(f"note: {escape(warning)}")
@@ -183,29 +195,37 @@ class PlainOutput:
 
     def result(self, result: dict[str, Any], reports: Sequence[DiskReport]) -> None:
         for report in reports:
-            self._summary(report)
+            self._summary(result["operation"], report)
         if reports and not result["guest_alive"]:
             self.console.print("note: the guest is gone; its next boot has the new disk")
 
-    def _summary(self, report: DiskReport) -> None:
+    def _summary(self, operation: Kind, report: DiskReport) -> None:
         copied = (report.seeded_bytes or 0) + (report.mirrored_bytes or 0)
         rate = copied / report.duration_s if report.duration_s else 0
         table = Table(box=None, show_header=False, pad_edge=False)
-        rows = [
-            ("", f"[bold]{escape(report.disk)} is a full clone now: {escape(str(report.target))}"),
-            (
-                "copied",
-                f"{human_bytes(copied)} in {human_seconds(report.duration_s)}"
-                f" ({human_bytes(rate)}/s): seed by {report.seed}"
-                f" {human_bytes(report.seeded_bytes)}, delta {human_bytes(report.mirrored_bytes)}",
-            ),
-            ("guest's I/O stood still", human_seconds(report.switchover_s)),
-            ("verified", "yes" if report.verified else "no"),
-            ("old overlay", escape(str(report.old))),
-        ]
+        became = "is a full clone now" if operation is Kind.PROMOTE else BECAME[report.way]
+        rows = [("", f"[bold]{escape(report.disk)} {became}: {escape(str(report.target))}")]
+        if report.way is not Way.SNAPSHOT:
+            seeded = human_bytes(report.seeded_bytes)
+            seed = f"seed by {report.seed} {seeded}, " if report.seed else ""
+            rows.append(
+                (
+                    "copied",
+                    f"{human_bytes(copied)} in {human_seconds(report.duration_s)}"
+                    f" ({human_bytes(rate)}/s): {seed}delta {human_bytes(report.mirrored_bytes)}",
+                )
+            )
         if report.start_pause_s is not None:
             pause = f"{human_seconds(report.start_pause_s)}, for a bug of this QEMU"
-            rows.insert(2, ("stopped for the mirror's start", pause))
+            rows.append(("stopped for the mirror's start", pause))
+        if report.switchover_s is not None:
+            rows.append(("guest's I/O stood still", human_seconds(report.switchover_s)))
+        if report.way is Way.MIRROR:
+            rows.append(("verified", "yes" if report.verified else "no"))
+        if report.way is Way.SNAPSHOT:
+            rows.append(("frozen", escape(str(report.source))))
+        for index, file in enumerate(report.kept):
+            rows.append(("" if index else "old overlay", escape(str(file))))
         if report.spare:
             rows.append(("second name", f"{escape(str(report.spare))}, until this QEMU ends"))
         for name, text in rows:
@@ -259,11 +279,32 @@ def _console(*, quiet: bool = False, stderr: bool = False) -> Console:
 
 
 def describe(progress: Progress) -> str:
-    """Bytes, rate and time to go."""
-    return (
+    """Bytes, rate and time to go; and how the guest's writes stand against that."""
+    text = (
         f"{human_bytes(progress.done)} of {human_bytes(progress.total)},"
         f" {human_bytes(progress.rate)}/s, {human_seconds(progress.eta)} to go"
     )
+    if progress.dirtied:
+        text += f", the guest rewrites {human_bytes(progress.dirtied)}/s"
+    if progress.limit is not None:
+        text += f", slowed to {human_bytes(progress.limit)}/s"
+    return text
+
+
+def _intention(disk: DiskIntent) -> str:
+    """What is to become of a disk."""
+    old, new = disk.names.path, disk.names.path if disk.names.in_place else disk.names.target
+    match disk.way:
+        case Way.MIRROR:
+            layers = len(disk.chain.below) - disk.kept
+            above = f" above {disk.chain.images[-disk.kept].file}" if disk.kept else ""
+            return f"{old} -> {new}{above}, {layers} below, seed by {disk.method}"
+        case Way.COMMIT | Way.COMMIT_BELOW:
+            merged = ", ".join(str(image.file) for image in disk.gone)
+            return f"{merged} -> {disk.names.target}, by one commit"
+        case Way.SNAPSHOT:
+            frozen = f", frozen as {disk.names.aside}" if disk.names.in_place else ""
+            return f"{old} -> {new}{frozen}"
 
 
 def plan_fields(plan: Plan) -> dict[str, Any]:
@@ -281,6 +322,8 @@ def plan_fields(plan: Plan) -> dict[str, Any]:
                 "target": disk.names.path if disk.names.in_place else disk.names.target,
                 "old": disk.names.aside,
                 "layers_below": len(disk.chain.below),
+                "way": disk.way,
+                "merged": [image.file for image in disk.gone],
                 "seed": disk.method,
                 "format": disk.geometry.format,
                 "virtual_bytes": disk.virtual_size,

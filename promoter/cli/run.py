@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Collection, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,12 @@ from promoter.guests.qmp import QmpGuest
 from promoter.operations import control
 from promoter.operations.journal import Journal, OperationStatus, new_id
 from promoter.operations.outcome import DiskReport
-from promoter.operations.plan import plan
+from promoter.operations.plan import Plan
 from promoter.operations.promote import INTENT, PromoteOperation
 from promoter.operations.promotion import Choices, Promotion
 from promoter.storage.siblings import Siblings, find_siblings
 
+Planner = Callable[[Guest, str, Choices], Awaitable[Plan]]
 ENDED = frozenset({OperationStatus.DONE, OperationStatus.FAILED, OperationStatus.CANCELLED})
 
 
@@ -78,10 +79,17 @@ async def connect_again(promotion: Promotion) -> Guest:
     return await QmpGuest.connect(Path(promotion.guest))
 
 
-async def promote(
-    name: str, uri: str, choices: Choices, state: Path, output: Output, *, dry_run: bool
+async def perform(
+    plan: Planner,
+    name: str,
+    uri: str,
+    choices: Choices,
+    state: Path,
+    output: Output,
+    *,
+    dry_run: bool,
 ) -> None:
-    """Plan, and unless it is a dry run, promote."""
+    """Plan an operation, and unless it is a dry run, do it."""
     guest = await connect(name, uri)
     try:
         made = await plan(guest, new_id(), choices)
@@ -89,7 +97,7 @@ async def promote(
         promotion = made.promotion
         if dry_run or not promotion.disks:
             await guest.close()
-            output.result(_result(promotion.id, name, "planned" if dry_run else "done"), [])
+            output.result(_result(promotion, "planned" if dry_run else "done"), [])
             return
         journal = Journal(state)
     except BaseException:
@@ -97,9 +105,9 @@ async def promote(
         raise
     with journal.hold(promotion.id):
         intent = INTENT.dump_json(promotion).decode()
-        journal.open(promotion.id, "promote", promotion.guest, intent)
+        journal.open(promotion.id, promotion.kind, promotion.guest, intent)
         reports, alive = await _run(promotion, journal, guest, output)
-    output.result(_result(promotion.id, name, "done") | alive, reports)
+    output.result(_result(promotion, "done") | alive, reports)
 
 
 async def change_speed(identity: str, speed: int, state: Path, output: Output) -> None:
@@ -137,20 +145,19 @@ async def resume(identity: str | None, state: Path, output: Output) -> None:
 
 def _leaves_spare(intent: str) -> bool:
     promotion = INTENT.validate_json(intent)
-    return promotion.tidied and any(
-        disk.names.in_place and disk.names.target.exists() for disk in promotion.disks
-    )
+    return promotion.tidied and any(disk.names.spares() for disk in promotion.disks)
 
 
 async def _resume(journal: Journal, identity: str, output: Output) -> None:
     with journal.hold(identity):
         entry = journal.entry(identity)
+        promotion = INTENT.validate_json(entry.intent)
         if entry.status in ENDED and not _leaves_spare(entry.intent):
-            output.result(_result(identity, entry.guest, entry.status), [])
+            output.result(_result(promotion, entry.status), [])
             return
-        promotion = replace(INTENT.validate_json(entry.intent), tidied=False)
+        promotion = replace(promotion, tidied=False)
         reports, alive = await _run(promotion, journal, None, output)
-    output.result(_result(identity, entry.guest, "done") | alive, reports)
+    output.result(_result(promotion, "done") | alive, reports)
 
 
 async def _run(
@@ -166,11 +173,11 @@ async def _run(
         return await operation.run(guest), {"guest_alive": operation.alive}
 
 
-def _result(identity: str, guest: str, status: str) -> dict[str, Any]:
+def _result(intent: Promotion, status: str) -> dict[str, Any]:
     return {
-        "operation": "promote",
-        "id": identity,
-        "guest": guest,
+        "operation": intent.kind,
+        "id": intent.id,
+        "guest": intent.guest,
         "status": status,
         "exit_code": 0,
     }

@@ -12,7 +12,6 @@ iteration; QAPI ``block-commit``, libvirt's ``virDomainBlockCommit``.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from pathlib import Path
 
 from promoter.chain import BackingChain, Disk, Image
@@ -37,12 +36,11 @@ from promoter.operations.preflight import (
     check_start,
 )
 from promoter.operations.promotion import Choices, DiskIntent, Kind, Way
+from promoter.operations.snapshot import DELTA
 from promoter.storage.files import file_id
-from promoter.storage.names import Names
+from promoter.storage.names import SPARE, Names, boot_name, merged_name
 from promoter.storage.seed import Geometry, SeedMethod
-from promoter.storage.siblings import Reader, find_readers
-
-Readers = Mapping[Path, tuple[Reader, ...]]
+from promoter.storage.siblings import Siblings, find_siblings
 
 
 async def plan(guest: Guest, identity: str, choices: Choices) -> Plan:
@@ -69,8 +67,9 @@ async def _plan_disk(
         return None
     check_idle(disk)
     await check_chain(guest, disk)
-    readers = await asyncio.to_thread(find_readers, guest.pid, disk, view.disks, choices.scan)
-    into = _into(disk, choices, readers)
+    assert guest.pid, "its files were checked to be here"
+    siblings = await asyncio.to_thread(find_siblings, view.disks, guest.pid, choices.scan)
+    into = _into(disk, choices, siblings)
     if into is None:
         return None
     top = _position(disk, choices.top, "top") if choices.top else 0
@@ -83,18 +82,29 @@ async def _plan_disk(
     _check_contents(disk, disk.chain.images[top : into + 1])
     if choices.beside:
         return await _beside(view, disk, choices, identity, index, into)
-    _check_target(disk, disk.chain.images[into], readers)
+    _check_target(disk, disk.chain.images[into], siblings)
     if not top:
         _check_switchover(view, disk)
     return _commit(disk, choices, identity, index, top, into)
 
 
-def _into(disk: Disk, choices: Choices, readers: Readers) -> int | None:
-    """Which layer is merged into: the lowest that only this guest reads, None if there is none."""
+def _into(disk: Disk, choices: Choices, siblings: Siblings) -> int | None:
+    """Which layer is merged into, None if there is none that only this guest reads.
+
+    The lowest layer of all may be the base of clones that cannot be seen from here. It is taken
+    only if it is named, or if promoter itself has frozen it: then it was this guest's disk.
+    """
     if choices.base:
         return _position(disk, choices.base, "base")
-    own = [i for i, image in enumerate(disk.chain) if i and not readers.get(file_of(image))]
-    return max(own, default=None)
+    own = [i for i, image in enumerate(disk.chain) if i and not siblings.of(disk, image)]
+    lowest = len(disk.chain) - 1
+    return max((i for i in own if i < lowest or _is_frozen(disk, i)), default=None)
+
+
+def _is_frozen(disk: Disk, layer: int) -> bool:
+    """Was it the guest's active layer until promoter took a snapshot?"""
+    file, above = (file_of(disk.chain.images[i]) for i in (layer, layer - 1))
+    return bool(SPARE.fullmatch(file.name) or DELTA.search(above.stem))
 
 
 def _position(disk: Disk, name: str, what: str) -> int:
@@ -122,9 +132,9 @@ def _check_contents(disk: Disk, layers: tuple[Image, ...]) -> None:
             )
 
 
-def _check_target(disk: Disk, target: Image, readers: Readers) -> None:
+def _check_target(disk: Disk, target: Image, siblings: Siblings) -> None:
     file = file_of(target)
-    if others := readers.get(file):
+    if others := siblings.of(disk, target):
         raise Refused(
             f"{disk.name}: {file} is read by others too: {'; '.join(map(str, others))}",
             "Writing to it would corrupt them. Merge into a layer above it (--base), or onto a"
@@ -174,14 +184,14 @@ def _commit(
 
 
 def _names(disk: Disk, identity: str, target: Path, *, below: bool) -> Names:
-    path = file_of(disk.chain.active)
+    path = boot_name(file_of(disk.chain.active))
     overlay = file_id(path)
     assert overlay, f"{path}: checked to be there"
     return Names(
         old=overlay,
         path=path,
         target=target,
-        aside=path if below else path.with_name(f"{path.name}.aside-{identity}"),
+        aside=path if below else merged_name(path, identity),
         prepared=path.with_name(f"{path.name}.next-{identity}"),
         in_place=not (below or disk.libvirt),
         defined=disk.libvirt is not None,

@@ -69,16 +69,16 @@ def _active(intent: DiskIntent, disk: Disk | None, named: Named) -> Active:
     """What the guest writes to: by node-name in the QEMU that switched, by file in another."""
     if disk is None:
         return Active.ABSENT
-    path, target = intent.chain.active.file, intent.names.target
+    paths, target = {intent.chain.active.file, intent.names.path}, intent.names.target
     nodes, files = {i.node for i in disk.chain}, [i.file for i in disk.chain]
     switched = intent.node in nodes and not nodes & {i.node for i in intent.gone}
     pivoted = (
         intent.names.defined and target in files and not {i.file for i in intent.gone} & {*files}
     )
     rebooted = named is Named.NEW and files != [i.file for i in intent.chain]
-    if switched or pivoted or (rebooted and {path, target} & {*files}):
+    if switched or pivoted or (rebooted and (paths | {target}) & {*files}):
         return Active.NEW
-    return Active.OLD if files[0] == path else Active.OTHER
+    return Active.OLD if files[0] in paths else Active.OTHER
 
 
 def _job(job: BlockJob | None) -> Job:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from promoter.blockjob import BlockJob
 from promoter.errors import Cancelled, JobFailed, NoSpace, PromoterError, Refused, Unreachable
-from promoter.operations.promotion import DiskIntent, Failure, Promotion
+from promoter.operations.promotion import DiskIntent, Failure, Promotion, Way
 from promoter.storage.seed import SeedMethod
 
 
@@ -23,7 +23,8 @@ class DiskReport:
     disk: str
     source: Path
     target: Path
-    seed: SeedMethod
+    way: Way
+    seed: SeedMethod | None
     seeded_bytes: int | None = None
     mirrored_bytes: int | None = None
     duration_s: float | None = None

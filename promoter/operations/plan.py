@@ -28,10 +28,10 @@ from promoter.operations.preflight import (
     is_encrypted,
     select_disks,
 )
-from promoter.operations.promotion import Choices, DiskIntent, DomainAddress, Kind, Promotion
+from promoter.operations.promotion import Choices, DiskIntent, DomainAddress, Kind, Promotion, Way
 from promoter.storage import images
 from promoter.storage.files import file_id, free_bytes, stamp
-from promoter.storage.names import Names
+from promoter.storage.names import Names, boot_name
 from promoter.storage.seed import (
     LEAST_EXTENDED,
     Geometry,
@@ -169,7 +169,7 @@ def options_for(disk: Disk, view: GuestView) -> DiskOptions:
 
 
 def choose_names(disk: Disk, choices: Choices, identity: str) -> Names:
-    old = file_of(disk.chain.active).resolve()
+    old = boot_name(file_of(disk.chain.active).resolve())
     elsewhere = choices.target or choices.target_dir
     in_place = not (elsewhere or disk.libvirt)
     if choices.target:
@@ -283,6 +283,8 @@ def _bugs(view: GuestView, disks: list[Disk]) -> Iterator[str]:
 
 def _warnings(intent: DiskIntent) -> list[str]:
     warnings = []
+    if intent.way in (Way.SNAPSHOT, Way.COMMIT_BELOW):
+        return []
     if bitmaps := {name for image in intent.chain for name in image.bitmaps}:
         known = f"{intent.name}: dirty bitmaps ({', '.join(sorted(bitmaps))})"
         warnings.append(
@@ -319,11 +321,13 @@ def same_files(intent: DiskIntent, disk: Disk) -> bool:
 
     A commit's own job writes to what lies below, and QEMU's locks keep others from it.
     """
-    planned = [image.file for image in intent.chain]
+    active = stamp(file_of(disk.chain.active))
+    below = stamps(disk.chain)
     return (
-        [image.file for image in disk.chain] == planned
+        (active and active.id) == intent.names.old
         and disk.chain.active.virtual_size == intent.virtual_size
-        and (intent.commits or stamps(disk.chain) == intent.below)
+        and [file.id for file in below] == [file.id for file in intent.below]
+        and (intent.commits or below == intent.below)
     )
 
 

@@ -88,6 +88,7 @@ from promoter.operations.switchover import (
 from promoter.storage import seed
 from promoter.storage.files import file_id, is_locked, is_open, sync
 from promoter.storage.images import Backing, backing_name
+from promoter.storage.names import MERGED, merged_name
 from promoter.storage.pace import Pace
 from promoter.storage.seed import SeedMethod, SeedSpec
 
@@ -693,11 +694,10 @@ class PromoteOperation:
 
     async def _tidy(self) -> None:
         """After the switch: close the old nodes, remove the names that were only on the way."""
-        view = await self._alive.look() if self._guest else None
         for disk in self.intent.disks:
-            found = view.disk(disk.key) if view else None
-            if found and any(image.node == disk.node for image in found.chain):
+            if self._guest and not self.intent.domain:
                 await self._drop_old_nodes(disk)
+            view = await self._alive.look() if self._guest else None
             if disk.way is not Way.COMMIT_BELOW:
                 disk.names.tidy()
             if not disk.commits:
@@ -706,30 +706,28 @@ class PromoteOperation:
                 remembered = view is not None and str(spare) in view.files
                 if not remembered and not _is_named_as_backing(spare):
                     spare.unlink()
+            await asyncio.to_thread(_call_merged, disk)
             if self.intent.choices.old is Old.DELETE:
-                await asyncio.to_thread(self._delete_old, disk)
+                await asyncio.to_thread(_delete_old, disk)
             report = self._report(disk)
             report.duration_s = time.monotonic() - self._began
         self._save(replace(self.intent, tidied=True))
 
     async def _drop_old_nodes(self, disk: DiskIntent) -> None:
-        for image in disk.gone:
-            for node in (image.node, image.file_node):
-                if node and node in (await self._alive.look()).nodes:
-                    await self._plain.drop(node)
-
-    def _delete_old(self, disk: DiskIntent) -> None:
-        """Remove what was left behind, unless somebody has or names it, the upper ones first."""
-        for file in old_files(disk):
-            if file.exists() and not is_open(file) and not _is_named_as_backing(file):
-                file.unlink()
-                sync(file.parent)
+        view = await self._alive.look()
+        found = view.disk(disk.key)
+        if found and any(image.node == disk.node for image in found.chain):
+            for node in (n for image in disk.gone for n in (image.node, image.file_node) if n):
+                await self._plain.drop(node)
 
     def _report(self, disk: DiskIntent) -> DiskReport:
         names = disk.names
+        snapshot = disk.way is Way.SNAPSHOT
+        source = names.aside if snapshot else names.path
+        method = disk.method if disk.way is Way.MIRROR else None
         report = self._reports.setdefault(
-            disk.node,
-            DiskReport(disk.name, names.path, names.target, disk.method, node=disk.node),
+            disk.mark,
+            DiskReport(disk.name, source, names.target, disk.way, method, node=disk.node),
         )
         report.target = names.path if names.in_place else names.target
         report.old = next(filter(Path.exists, old_files(disk)), None)
@@ -739,12 +737,35 @@ class PromoteOperation:
 
 
 def old_files(disk: DiskIntent) -> tuple[Path, ...]:
-    """The files of layers that the disk's new chain does not have, the upper ones first."""
-    if disk.way is Way.MIRROR:
-        return (disk.names.aside, *_files(disk.gone[1:])) if disk.kept else (disk.names.aside,)
-    if disk.way is Way.COMMIT:
-        return (disk.names.aside, *_files(disk.gone[1:]))
-    return _files(disk.gone)
+    """The files that only the old chain had, the upper ones first, as they are called now."""
+    if disk.way is Way.SNAPSHOT:
+        return ()
+    active = () if disk.way is Way.COMMIT_BELOW else (disk.names.aside,)
+    if disk.commits:
+        return (*active, *_merged(disk).values())
+    return (*active, *_files(disk.gone[1:])) if disk.kept else active
+
+
+def _merged(disk: DiskIntent) -> dict[Path, Path]:
+    """What the layers under the active one are called once they are merged."""
+    below = disk.gone if disk.way is Way.COMMIT_BELOW else disk.gone[1:]
+    return {file: merged_name(file, disk.identity) for file in _files(below)}
+
+
+def _call_merged(disk: DiskIntent) -> None:
+    """Give the layers that were merged their new names, so that nobody takes them for readers."""
+    for file, merged in _merged(disk).items() if disk.commits else ():
+        if file.exists() and not is_open(file):
+            file.rename(merged)
+            sync(file.parent)
+
+
+def _delete_old(disk: DiskIntent) -> None:
+    """Remove what was left behind, unless somebody has or names it, the upper ones first."""
+    for file in old_files(disk):
+        if file.exists() and not is_open(file) and not _is_named_as_backing(file):
+            file.unlink()
+            sync(file.parent)
 
 
 def _files(images: Iterable[Image]) -> tuple[Path, ...]:
@@ -817,6 +838,6 @@ def _definitions(disks: Iterable[DiskIntent]) -> dict[str, DefinedDisk]:
 
 
 def _is_named_as_backing(file: Path) -> bool:
-    """Does an image in the same directory have this name in its header?"""
-    siblings = (path for path in file.parent.iterdir() if path.is_file())
+    """Does an image in the same directory that is not merged have this name in its header?"""
+    siblings = (p for p in file.parent.iterdir() if p.is_file() and not MERGED.search(p.name))
     return any(Path(backing_name(path) or "").name == file.name for path in siblings)

@@ -169,10 +169,15 @@ class DiskIntent:
         return self.name if self.names.defined else self.mark
 
     @property
+    def identity(self) -> str:
+        """The id of the operation."""
+        return self.mark.split("-")[1]
+
+    @property
     def part(self) -> Path:
         """Where the seed grows before it has its name."""
         target = self.names.target
-        return target.with_name(f"{target.name}.part-{self.mark.split('-')[1]}")
+        return target.with_name(f"{target.name}.part-{self.identity}")
 
     @property
     def virtual_size(self) -> int:
@@ -414,5 +419,7 @@ def _to_the_snapshot(disk: DiskSeen) -> Do:
     match disk.target:
         case Target.SEEDED:
             return Do.SWITCH_OVER if disk.prepared else Do.PREPARE
+        case Target.ABSENT if not disk.attached:
+            return Do.SEED
         case _:
             return _back(disk) or Do.SEED

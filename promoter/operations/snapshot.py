@@ -34,7 +34,7 @@ from promoter.operations.preflight import (
 )
 from promoter.operations.promotion import Choices, DiskIntent, Kind, Way
 from promoter.storage.files import file_id
-from promoter.storage.names import Names
+from promoter.storage.names import Names, boot_name
 from promoter.storage.seed import SeedMethod
 
 ROOM = 1 << 20
@@ -76,7 +76,7 @@ async def _plan_disk(
 
 
 def _names(disk: Disk, identity: str) -> Names:
-    path = file_of(disk.chain.active).resolve()
+    path = boot_name(file_of(disk.chain.active).resolve())
     frozen = file_id(path)
     assert frozen, f"{path}: checked to be there"
     check_directory(path.parent)

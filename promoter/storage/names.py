@@ -26,8 +26,28 @@ from pathlib import Path
 from promoter.chain import FileId
 from promoter.storage.files import file_id, sync
 
-SPARE = re.compile(r".*\.(new|snapshot-[0-9]{8}T[0-9]{6}Z)-[0-9a-f]{8}")
+SPARE = re.compile(r"(.+)\.(new|snapshot-[0-9]{8}T[0-9]{6}Z)-[0-9a-f]{8}")
 """Names that promoter gives a file beside the one that the guest boots from."""
+
+
+MERGED = re.compile(r"\.merged-[0-9a-f]{8}$")
+"""The end of a name that says: what this layer held is in the one below, and nobody needs it."""
+
+
+def boot_name(file: Path) -> Path:
+    """The name by which the guest's command line opens a file that QEMU knows as ``file``.
+
+    A disk that has switched is known to its QEMU by the other name that it was given for that.
+    """
+    found = SPARE.fullmatch(file.name)
+    if found and file_id(file.with_name(found[1])) == file_id(file):
+        return file.with_name(found[1])
+    return file
+
+
+def merged_name(file: Path, identity: str) -> Path:
+    """What a layer is called when an operation has merged it."""
+    return file.with_name(f"{file.name}.merged-{identity}")
 
 
 class Named(Enum):
@@ -68,6 +88,8 @@ class Names:
         sync(self.path.parent)
 
     def is_prepared(self) -> bool:
+        if self.aside == self.path:
+            return self.target.exists()
         ready = self.defined or os.path.lexists(self.prepared)
         return ready and file_id(self.aside) == self.old
 
@@ -116,10 +138,12 @@ class Names:
         return Named.NEW if moved and file_id(self.aside) == self.old else Named.UNKNOWN
 
     def spares(self) -> list[Path]:
-        """The other names that promoter gave the file that the path leads to."""
+        """The other names that promoter gave the new disk and the old overlay."""
         disk = file_id(self.path)
+        if disk is None or not self.in_place:
+            return []
         named = (path for path in self.path.parent.iterdir() if SPARE.fullmatch(path.name))
-        return [path for path in named if self.in_place and file_id(path) == disk]
+        return [p for p in named if p != self.aside and file_id(p) in (disk, self.old)]
 
     def tidy(self) -> None:
         """After the switch: remove the name that leads nowhere, or to a domain's old overlay."""

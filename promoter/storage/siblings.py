@@ -3,7 +3,8 @@
 An image that somebody else reads through must not be written into. Looked for are
 
 * overlays: qcow2 headers in the directories of the chain (not below them) and, with everything
-  below them, in those given; symbolic links to files are followed, to directories not. An
+  below them, in those given; symbolic links to files are followed, to directories not. A layer
+  that promoter has merged, and called so, reads nothing any more. An
   overlay on an overlay counts, and an image that shares an external data file. Files are told
   apart by device and inode, never by name;
 * processes that have the image open, by ``/proc/*/fd``; loop devices; and QEMU's image locks
@@ -33,6 +34,7 @@ from pathlib import Path
 
 from promoter.chain import BackingChain, Disk, FileId, Image
 from promoter.storage.files import QEMU_PERMISSION_BYTES, QEMU_UNSHARED_BYTES
+from promoter.storage.names import MERGED
 
 MAGIC = b"QFI\xfb"
 HEADER_SIZE = 4096
@@ -213,6 +215,8 @@ class _Overlays:
         below = []
         with os.scandir(directory) as entries:
             for entry in entries:
+                if MERGED.search(entry.name):
+                    continue
                 if entry.is_file(follow_symlinks=False) or entry.is_symlink():
                     self._look_at(Path(entry.path))
                 elif deep and entry.is_dir(follow_symlinks=False):
