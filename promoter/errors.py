@@ -6,6 +6,7 @@ PromoterError (1, unexpected)
 ├── NoSpace (5)       storage is full; nothing lost, the operation can be resumed
 ├── JobFailed (6)     a block job failed; the guest stays on its old chain
 ├── Cancelled (7)     somebody asked to stop; the guest stays on its old chain
+├── Different (8)     a copy is not what it was copied from
 └── Interrupted (9)   stopped half-way; ``promoter job resume`` continues by evidence
 
 An error carries a message that names what it is about and a hint that gives
@@ -54,6 +55,12 @@ class Cancelled(PromoterError):
     """The operation was cancelled. The guest is unchanged on its old chain."""
 
     exit_code = 7
+
+
+class Different(PromoterError):
+    """A copy is not what it was copied from. Both are kept."""
+
+    exit_code = 8
 
 
 class Interrupted(PromoterError):

@@ -251,11 +251,11 @@ def consolidate(
     disks: Disks = None,
     connect: Connect = DEFAULT_URI,
     base: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(metavar="LAYER", help="Merge into this layer; default: the lowest own one."),
     ] = None,
     top: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(metavar="LAYER", help="Merge from this layer down; default: the active one."),
     ] = None,
     beside: Annotated[
@@ -281,7 +281,8 @@ def consolidate(
     """Merge the deltas that snapshots left, while the guest writes.
 
     By default everything above the lowest layer that only this guest reads goes into that one.
-    A layer that others read is never written to. LAYER is a file, a file's name or a node-name.
+    A layer that others read is never written to. LAYER is a file, a file's name or a node-name;
+    name one for each disk.
     """
     if beside and top:
         raise typer.BadParameter("--beside merges from the active layer: leave out --top")
@@ -292,8 +293,8 @@ def consolidate(
         target=target,
         target_dir=target_dir,
         beside=beside,
-        base=base,
-        top=top,
+        base=tuple(base or ()),
+        top=tuple(top or ()),
         scan=tuple(scan or ()),
         speed=parse_speed(speed),
         max_pause=parse_duration(max_pause),

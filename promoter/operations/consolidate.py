@@ -107,14 +107,17 @@ def _is_frozen(disk: Disk, layer: int) -> bool:
     return bool(SPARE.fullmatch(file.name) or DELTA.search(above.stem))
 
 
-def _position(disk: Disk, name: str, what: str) -> int:
-    """The layer that is called ``name``: its file, that file's name, or its node-name."""
+def _position(disk: Disk, names: tuple[str, ...], what: str) -> int:
+    """The layer that has one of the names: its file, that file's name, or its node-name."""
     for index, image in enumerate(disk.chain):
         file = file_of(image)
-        if name in (image.node, file.name) or Path(name).absolute() == file:
+        if {image.node, file.name} & {*names} or file in map(Path.absolute, map(Path, names)):
             return index
     layers = ", ".join(file_of(image).name for image in disk.chain)
-    raise Refused(f"{disk.name}: {what} {name} is not in its chain", f"Its layers are: {layers}.")
+    raise Refused(
+        f"{disk.name}: {what} {' or '.join(names)} is not in its chain",
+        f"Its layers are: {layers}.",
+    )
 
 
 def _check_contents(disk: Disk, layers: tuple[Image, ...]) -> None:

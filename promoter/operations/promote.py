@@ -654,8 +654,6 @@ class PromoteOperation:
         view = await self._alive.look()
         job = view.jobs.get(disk.job)
         seen = observe(disk, view)
-        if disk.way is Way.COMMIT_BELOW and job and job.done:
-            self._report(disk).mirrored_bytes = job.done
         if seen.active is Active.NEW:
             if disk.way is Way.MIRROR and not self.intent.domain:
                 self._report(disk).switchover_s = pause_seconds(self._plain, disk)

@@ -81,8 +81,8 @@ class Choices:
 
     ``speed`` is in bytes per second, 0 for no limit; ``cluster_size`` in bytes;
     ``parallel`` is the most disks to seed at once. ``top`` and ``base`` name the layers of a
-    commit, ``max_pause`` is how long the guest may stand still for one, in seconds; ``scan`` are
-    directories in which to look for who else reads its target.
+    commit, one for each disk; ``max_pause`` is how long the guest may stand still for one, in
+    seconds; ``scan`` are directories in which to look for who else reads its target.
     """
 
     disks: tuple[str, ...] = ()
@@ -98,8 +98,8 @@ class Choices:
     lose: tuple[Loss, ...] = ()
     copy_mode: CopyMode = CopyMode.WRITE_BLOCKING
     beside: bool = False
-    top: str | None = None
-    base: str | None = None
+    top: tuple[str, ...] = ()
+    base: tuple[str, ...] = ()
     max_pause: float = 0.5
     scan: tuple[Path, ...] = ()
     old: Old = Old.ASIDE

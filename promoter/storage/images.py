@@ -25,11 +25,22 @@ from promoter.storage.pace import Pace
 
 Report = Callable[[int, int], None]
 SHORT_NAP, LONGEST_NAP = 0.01, 0.2
+DIFFERENT = 1
+"""The exit code of ``qemu-img compare`` for images that are not the same."""
 PERCENT = re.compile(r"\(([0-9.]+)/100%\)")
 
 
 class ImageError(JobFailed):
     """qemu-img failed; its own words are in the message."""
+
+
+class Exited(ImageError):
+    """It ended with an exit ``code`` that is not 0; ``output`` is what it had said until then."""
+
+    def __init__(self, message: str, code: int, output: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.output = output
 
 
 async def info(image: Image) -> dict[str, Any]:
@@ -142,6 +153,22 @@ async def commit(
     await _qemu_img("commit", *options, str(overlay), report=report, pace=pace)
 
 
+async def differ(images: tuple[Image, ...], path: Path, image_format: str) -> str:
+    """Where a chain and an image show different contents, "" if nowhere (``qemu-img compare``).
+
+    Nobody may write to them meanwhile.
+    """
+    spec = image_spec(images)
+    arguments = ("compare", "-U", "-F", image_format, spec, str(path))
+    try:
+        await _qemu_img(*arguments)
+    except Exited as error:
+        if error.code != DIFFERENT:
+            raise
+        return error.output.strip()
+    return ""
+
+
 def backing_name(path: Path) -> str | None:
     """The backing file that a qcow2 header names; None for another format or without one.
 
@@ -185,8 +212,10 @@ async def _qemu_img(
         raise
     if process.returncode:
         text = errors.result().decode(errors="replace").strip()
-        error = NoSpace if "No space left on device" in text else ImageError
-        raise error(f"qemu-img {arguments[0]}: {text or f'exit {process.returncode}'}")
+        message = f"qemu-img {arguments[0]}: {text or f'exit {process.returncode}'}"
+        if "No space left on device" in text:
+            raise NoSpace(message)
+        raise Exited(message, process.returncode, output.result())
     return output.result()
 
 
