@@ -131,6 +131,9 @@ Speed = Annotated[str, typer.Option(metavar="RATE", help="Limit in bytes a secon
 OldFiles = Annotated[
     Old, typer.Option("--old", help="What becomes of the files that are not needed any more.")
 ]
+MaxPause = Annotated[
+    str, typer.Option(metavar="DURATION", help="The guest stands still this long at most.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan only.")]
 Identity = Annotated[str, typer.Argument(metavar="ID", help="An operation's id.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
@@ -268,10 +271,7 @@ def consolidate(
     ] = None,
     scan: Scan = None,
     speed: Speed = "0",
-    max_pause: Annotated[
-        str,
-        typer.Option(metavar="DURATION", help="The guest stands still this long at most."),
-    ] = "500ms",
+    max_pause: MaxPause = "500ms",
     old: OldFiles = Old.ASIDE,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -320,6 +320,39 @@ def snapshot(
     choices = Choices(disks=tuple(disks or ()))
     output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
     work = run.perform(snapshots.plan, guest, connect, choices, state, output, dry_run=dry_run)
+    run.finish(work, output)
+
+
+@app.command()
+def backup(
+    guest: Guest,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the copies go.")],
+    state: State,
+    disks: Disks = None,
+    connect: Connect = DEFAULT_URI,
+    since: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Only what differs from this backup, or the 'last' one."),
+    ] = None,
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="Remove all but the newest so many of each disk.")
+    ] = None,
+    scan: Scan = None,
+    speed: Speed = "0",
+    max_pause: MaxPause = "500ms",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Snapshot, copy what it froze, compare, and merge the delta again."""
+    choices = Choices(
+        disks=tuple(disks or ()),
+        speed=parse_speed(speed),
+        scan=tuple(scan or ()),
+        max_pause=parse_duration(max_pause),
+    )
+    output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
+    work = run.back_up(guest, connect, choices, directory, since, keep, state, output)
     run.finish(work, output)
 
 

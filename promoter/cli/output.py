@@ -23,6 +23,7 @@ from promoter.blockjob import Progress
 from promoter.cli.tree import chain_fields, human_bytes, tree
 from promoter.errors import PromoterError
 from promoter.guests.base import GuestView
+from promoter.operations.backup import Copied
 from promoter.operations.journal import Entry, OperationStatus, Step
 from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import Plan
@@ -71,6 +72,8 @@ class Output(Protocol):
     def progress(self, operation: str, disk: str, phase: str, progress: Progress) -> None: ...
 
     def result(self, result: dict[str, Any], reports: Sequence[DiskReport]) -> None: ...
+
+    def backups(self, result: dict[str, Any], copied: Sequence[Copied]) -> None: ...
 
     def error(self, error: PromoterError) -> None: ...
 
@@ -121,6 +124,9 @@ class JsonOutput:
 
     def result(self, result: dict[str, Any], reports: Sequence[DiskReport]) -> None:
         self._say("result", **result, disks=[asdict(report) for report in reports])
+
+    def backups(self, result: dict[str, Any], copied: Sequence[Copied]) -> None:
+        self._say("result", **result, disks=[asdict(each) for each in copied])
 
     def error(self, error: PromoterError) -> None:
         self._say(
@@ -199,10 +205,28 @@ class PlainOutput:
         if reports and not result["guest_alive"]:
             self.console.print("note: the guest is gone; its next boot has the new disk")
 
+    def backups(self, result: dict[str, Any], copied: Sequence[Copied]) -> None:
+        for each in copied:
+            rows = [
+                ("", f"[bold]{escape(each.disk)} is backed up: {escape(str(each.file))}"),
+                ("takes", human_bytes(each.allocated_bytes)),
+                ("lies on", escape(str(each.since or "nothing"))),
+                ("took", human_seconds(each.duration_s)),
+                ("stood still for the snapshot", human_seconds(each.snapshot_s)),
+                ("stood still for the merge", human_seconds(each.switchover_s)),
+                ("verified", "yes"),
+            ]
+            self._table(rows)
+
+    def _table(self, rows: Sequence[tuple[str, str]]) -> None:
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for name, text in rows:
+            table.add_row(name, text)
+        self.console.print(table)
+
     def _summary(self, operation: Kind, report: DiskReport) -> None:
         copied = (report.seeded_bytes or 0) + (report.mirrored_bytes or 0)
         rate = copied / report.duration_s if report.duration_s else 0
-        table = Table(box=None, show_header=False, pad_edge=False)
         became = "is a full clone now" if operation is Kind.PROMOTE else BECAME[report.way]
         rows = [("", f"[bold]{escape(report.disk)} {became}: {escape(str(report.target))}")]
         if report.way is not Way.SNAPSHOT:
@@ -228,9 +252,7 @@ class PlainOutput:
             rows.append(("" if index else "old overlay", escape(str(file))))
         if report.spare:
             rows.append(("second name", f"{escape(str(report.spare))}, until this QEMU ends"))
-        for name, text in rows:
-            table.add_row(name, text)
-        self.console.print(table)
+        self._table(rows)
 
     def error(self, error: PromoterError) -> None:
         self.errors.print(f"[bold red]error:[/] {escape(error.message)}")
@@ -265,6 +287,10 @@ class LiveOutput(PlainOutput):
     def result(self, result: dict[str, Any], reports: Sequence[DiskReport]) -> None:
         self._bars.stop()
         super().result(result, reports)
+
+    def backups(self, result: dict[str, Any], copied: Sequence[Copied]) -> None:
+        self._bars.stop()
+        super().backups(result, copied)
 
     def close(self) -> None:
         self._bars.stop()

@@ -20,8 +20,9 @@ from promoter.errors import Cancelled, PromoterError, Refused
 from promoter.guests.base import Guest, GuestView
 from promoter.guests.libvirt import LibvirtGuest
 from promoter.guests.qmp import QmpGuest
-from promoter.operations import control
-from promoter.operations.journal import Journal, OperationStatus, new_id
+from promoter.operations import backup, control
+from promoter.operations.backup import INTENT_OF_BACKUP, Backup, BackupOperation
+from promoter.operations.journal import Entry, Journal, OperationStatus, new_id
 from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import Plan
 from promoter.operations.promote import INTENT, PromoteOperation
@@ -72,11 +73,11 @@ async def connect(name: str, uri: str) -> Guest:
     return await LibvirtGuest.connect(name, uri)
 
 
-async def connect_again(promotion: Promotion) -> Guest:
-    """The guest of a promotion; a domain also when it does not run any more."""
-    if domain := promotion.domain:
+async def connect_again(intent: Promotion | Backup) -> Guest:
+    """The guest of an operation; a domain also when it does not run any more."""
+    if domain := intent.domain:
         return await LibvirtGuest.connect(domain.uuid, domain.uri, running=False)
-    return await QmpGuest.connect(Path(promotion.guest))
+    return await QmpGuest.connect(Path(intent.guest))
 
 
 async def perform(
@@ -110,6 +111,29 @@ async def perform(
     output.result(_result(promotion, "done") | alive, reports)
 
 
+async def back_up(
+    name: str,
+    uri: str,
+    choices: Choices,
+    directory: Path,
+    since: str | None,
+    keep: int | None,
+    state: Path,
+    output: Output,
+) -> None:
+    """Plan a backup, and do it."""
+    guest = await connect(name, uri)
+    try:
+        intent = await backup.plan(guest, new_id(), choices, directory, since, keep)
+    finally:
+        await guest.close()
+    journal = Journal(state)
+    with journal.hold(intent.id):
+        kept = INTENT_OF_BACKUP.dump_json(intent).decode()
+        journal.open(intent.id, backup.KIND, intent.guest, kept)
+        await _run_backup(intent, journal, output)
+
+
 async def change_speed(identity: str, speed: int, state: Path, output: Output) -> None:
     """Give a running operation another limit."""
     entry = Journal(state).entry(identity)
@@ -133,7 +157,7 @@ async def resume(identity: str | None, state: Path, output: Output) -> None:
         return
     codes = []
     for entry in journal.entries():
-        if entry.status is OperationStatus.INTERRUPTED or _leaves_spare(entry.intent):
+        if entry.status is OperationStatus.INTERRUPTED or _leaves_spare(entry):
             try:
                 await _resume(journal, entry.id, output)
             except PromoterError as error:
@@ -143,16 +167,21 @@ async def resume(identity: str | None, state: Path, output: Output) -> None:
         raise typer.Exit(codes[0])
 
 
-def _leaves_spare(intent: str) -> bool:
-    promotion = INTENT.validate_json(intent)
+def _leaves_spare(entry: Entry) -> bool:
+    if entry.kind == backup.KIND:
+        return False
+    promotion = INTENT.validate_json(entry.intent)
     return promotion.tidied and any(disk.names.spares() for disk in promotion.disks)
 
 
 async def _resume(journal: Journal, identity: str, output: Output) -> None:
     with journal.hold(identity):
         entry = journal.entry(identity)
+        if entry.kind == backup.KIND:
+            await _run_backup(INTENT_OF_BACKUP.validate_json(entry.intent), journal, output)
+            return
         promotion = INTENT.validate_json(entry.intent)
-        if entry.status in ENDED and not _leaves_spare(entry.intent):
+        if entry.status in ENDED and not _leaves_spare(entry):
             output.result(_result(promotion, entry.status), [])
             return
         promotion = replace(promotion, tidied=False)
@@ -173,9 +202,21 @@ async def _run(
         return await operation.run(guest), {"guest_alive": operation.alive}
 
 
-def _result(intent: Promotion, status: str) -> dict[str, Any]:
+async def _run_backup(intent: Backup, journal: Journal, output: Output) -> None:
+    progress = partial(output.progress, intent.id)
+    step = partial(output.step, intent.id)
+    operation = BackupOperation(intent, journal, connect_again, progress, step)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, operation.cancel)
+    loop.add_signal_handler(signal.SIGTERM, operation.stop)
+    async with control.controlled(journal.directory, intent.id, operation.change_speed):
+        copied = await operation.run()
+    output.backups(_result(intent, "done"), copied)
+
+
+def _result(intent: Promotion | Backup, status: str) -> dict[str, Any]:
     return {
-        "operation": intent.kind,
+        "operation": intent.kind if isinstance(intent, Promotion) else backup.KIND,
         "id": intent.id,
         "guest": intent.guest,
         "status": status,

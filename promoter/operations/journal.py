@@ -162,6 +162,11 @@ class Journal:
             raise Refused(f"no such operation: {operation}", "See: promoter job list")
         return self._entry(rows[0])
 
+    def find(self, operation: str) -> Entry | None:
+        """The operation of this id, if there is one."""
+        rows = self._db.execute("SELECT * FROM operations WHERE id = ?", (operation,)).fetchall()
+        return self._entry(rows[0]) if rows else None
+
     def steps(self, operation: str) -> list[Step]:
         """An operation's actions in their order."""
         rows = self._db.execute(
