@@ -1,14 +1,17 @@
 """Fixtures of all tests."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import libvirt
 import pytest
 
-from tests.domains import Libvirtd
-from tests.vm import ROOT, newer_qemu, why_no_newer_qemu
+from tests.domains import Domain, Libvirtd
+from tests.vm import ROOT, VM, Disk, newer_qemu, why_no_newer_qemu
+
+Make = Callable[[Sequence[Disk]], VM | Domain]
 
 
 class Coverage:
@@ -44,6 +47,15 @@ def libvirtd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Libvirtd]:
     libvirt.registerErrorHandler(lambda *_: None, None)  # it prints what it raises too
     with Libvirtd(tmp_path_factory.mktemp("libvirtd")) as daemon:
         yield daemon
+
+
+@pytest.fixture(params=["qemu", "libvirt"])
+def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
+    """Makes a guest of one kind; it writes as fast as it can."""
+    if request.param == "qemu":
+        return lambda disks: VM(tmp_path, disks, writer={"rate": 0})
+    libvirtd: Libvirtd = request.getfixturevalue("libvirtd")
+    return lambda disks: Domain(libvirtd, tmp_path, disks)
 
 
 @pytest.fixture(params=["system", "newer"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,11 @@ import pytest
 from promoter.operations.promotion import Do
 from tests import records
 from tests.cli import Ran, ended, promoter, start
-from tests.domains import Domain, Libvirtd
-from tests.vm import VM, Disk, base, blank, chain, linked_clone, qemu_img
+from tests.conftest import Make
+from tests.vm import Disk, base, blank, chain, linked_clone, qemu_img
 
 SLOW = "2M"  # a seed at this speed takes about 20 s: time for others to interfere
 LEAKS = 3  # qemu-img check: clusters that nobody uses, which a killed QEMU may leave
-Make = Callable[..., VM | Domain]
-
-
-@pytest.fixture(params=["qemu", "libvirt"])
-def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
-    """Makes a guest of one kind; it writes as fast as it can."""
-    if request.param == "qemu":
-        return lambda disks: VM(tmp_path, disks, writer={"rate": 0})
-    libvirtd: Libvirtd = request.getfixturevalue("libvirtd")
-    return lambda disks: Domain(libvirtd, tmp_path, disks)
 
 
 class Case:

@@ -27,6 +27,7 @@ from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import Plan
 from promoter.operations.promote import INTENT, PromoteOperation
 from promoter.operations.promotion import Choices, Promotion
+from promoter.operations.spares import sweep
 from promoter.storage.siblings import Siblings, find_siblings
 
 Planner = Callable[[Guest, str, Choices], Awaitable[Plan]]
@@ -181,7 +182,9 @@ async def _resume(journal: Journal, identity: str, output: Output) -> None:
             await _run_backup(INTENT_OF_BACKUP.validate_json(entry.intent), journal, output)
             return
         promotion = INTENT.validate_json(entry.intent)
-        if entry.status in ENDED and not _leaves_spare(entry):
+        if entry.status in ENDED:
+            if promotion.tidied:
+                await sweep(promotion, connect_again)
             output.result(_result(promotion, entry.status), [])
             return
         promotion = replace(promotion, tidied=False)

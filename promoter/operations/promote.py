@@ -76,6 +76,7 @@ from promoter.operations.promotion import (
     decide,
     next_of_each,
 )
+from promoter.operations.spares import is_named_as_backing, remove_spares
 from promoter.operations.start import start_standing
 from promoter.operations.suspended import LONGEST_ABSENCE, Work, define, go_on, while_suspended
 from promoter.operations.switchover import (
@@ -87,8 +88,8 @@ from promoter.operations.switchover import (
 )
 from promoter.storage import seed
 from promoter.storage.files import file_id, is_locked, is_open, sync
-from promoter.storage.images import Backing, backing_name
-from promoter.storage.names import MERGED, merged_name
+from promoter.storage.images import Backing
+from promoter.storage.names import merged_name
 from promoter.storage.pace import Pace
 from promoter.storage.seed import SeedMethod, SeedSpec
 
@@ -700,10 +701,7 @@ class PromoteOperation:
                 disk.names.tidy()
             if not disk.commits:
                 seed.discard(disk.part)
-            for spare in disk.names.spares():
-                remembered = view is not None and str(spare) in view.files
-                if not remembered and not _is_named_as_backing(spare):
-                    spare.unlink()
+            remove_spares(disk.names, view)
             await asyncio.to_thread(_call_merged, disk)
             if self.intent.choices.old is Old.DELETE:
                 await asyncio.to_thread(_delete_old, disk)
@@ -761,7 +759,7 @@ def _call_merged(disk: DiskIntent) -> None:
 def _delete_old(disk: DiskIntent) -> None:
     """Remove what was left behind, unless somebody has or names it, the upper ones first."""
     for file in old_files(disk):
-        if file.exists() and not is_open(file) and not _is_named_as_backing(file):
+        if file.exists() and not is_open(file) and not is_named_as_backing(file):
             file.unlink()
             sync(file.parent)
 
@@ -833,9 +831,3 @@ def _snapshot_spec(disk: DiskIntent) -> SnapshotSpec:
 def _definitions(disks: Iterable[DiskIntent]) -> dict[str, DefinedDisk]:
     """What a domain's definition is to say of its new disks."""
     return {d.name: DefinedDisk(d.names.target, d.geometry.format) for d in disks}
-
-
-def _is_named_as_backing(file: Path) -> bool:
-    """Does an image in the same directory that is not merged have this name in its header?"""
-    siblings = (p for p in file.parent.iterdir() if p.is_file() and not MERGED.search(p.name))
-    return any(Path(backing_name(path) or "").name == file.name for path in siblings)
