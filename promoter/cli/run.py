@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Collection, Coroutine, Sequence
+from collections.abc import Collection, Coroutine
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,14 @@ from typing import Any
 
 import typer
 
-from promoter.cli.output import Output
-from promoter.errors import Cancelled, PromoterError, Refused
+from promoter.blockjob import Progress
+from promoter.cli.output import JsonOutput, Output, replay
+from promoter.errors import Cancelled, Interrupted, PromoterError, Refused
 from promoter.guests.base import Guest, GuestView
 from promoter.guests.libvirt import LibvirtGuest
 from promoter.guests.qmp import QmpGuest
 from promoter.operations import control
 from promoter.operations.journal import Journal, OperationStatus, new_id
-from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import plan
 from promoter.operations.promote import INTENT, PromoteOperation
 from promoter.operations.promotion import Choices, Promotion
@@ -98,30 +98,56 @@ async def promote(
     with journal.hold(promotion.id):
         intent = INTENT.dump_json(promotion).decode()
         journal.open(promotion.id, "promote", promotion.guest, intent)
-        reports, alive = await _run(promotion, journal, guest, output)
-    output.result(_result(promotion.id, name, "done") | alive, reports)
+        await _run(promotion, journal, guest, name, output)
 
 
 async def change_speed(identity: str, speed: int, state: Path, output: Output) -> None:
     """Give a running operation another limit."""
+    running = _running(identity, state)
+    await control.ask(state, running, "speed", speed=speed)
+    output.speed(running, speed)
+
+
+async def ask(identity: str, request: str, state: Path, output: Output) -> None:
+    """Ask a running operation for something."""
+    running = _running(identity, state)
+    await control.ask(state, running, request)
+    output.asked(running, request)
+
+
+async def watch(identity: str, state: Path, output: Output) -> None:
+    """Show a running operation until it ends; its error is raised here too."""
+    running = _running(identity, state)
+    await control.watch(state, running, partial(replay, output=output))
+    if Journal(state).entry(running).status is OperationStatus.INTERRUPTED:
+        raise Interrupted(
+            f"operation {running} stopped half-way", f"Continue: promoter job resume {running}"
+        )
+
+
+def _running(identity: str, state: Path) -> str:
     entry = Journal(state).entry(identity)
     if entry.status is not OperationStatus.RUNNING:
         raise Refused(
             f"operation {entry.id} is not running: it is {entry.status}",
             "See which are: promoter job list",
         )
-    await control.change_speed(state, entry.id, speed)
-    output.speed(entry.id, speed)
+    return entry.id
 
 
 async def resume(identity: str | None, state: Path, output: Output) -> None:
     """Finish what was interrupted, or put it back: one operation, or all of them.
 
+    One that runs and is paused goes on.
     Without an id every operation is tried, and the first error's code is the command's.
     """
     journal = Journal(state)
     if identity is not None:
-        await _resume(journal, journal.entry(identity).id, output)
+        entry = journal.entry(identity)
+        if entry.status is OperationStatus.RUNNING:
+            await ask(identity, "go on", state, output)
+        else:
+            await _resume(journal, entry.id, output)
         return
     codes = []
     for entry in journal.entries():
@@ -149,21 +175,37 @@ async def _resume(journal: Journal, identity: str, output: Output) -> None:
             output.result(_result(identity, entry.guest, entry.status), [])
             return
         promotion = replace(INTENT.validate_json(entry.intent), tidied=False)
-        reports, alive = await _run(promotion, journal, None, output)
-    output.result(_result(identity, entry.guest, "done") | alive, reports)
+        await _run(promotion, journal, None, entry.guest, output)
 
 
 async def _run(
-    promotion: Promotion, journal: Journal, guest: Guest | None, output: Output
-) -> tuple[Sequence[DiskReport], dict[str, bool]]:
-    progress = partial(output.progress, promotion.id)
-    step = partial(output.step, promotion.id)
+    promotion: Promotion, journal: Journal, guest: Guest | None, name: str, output: Output
+) -> None:
+    """Run it to its end, before the eyes of everyone who watches."""
+    events = control.Events()
+    watchers = JsonOutput(events.publish)
+
+    def progress(disk: str, phase: str, how_far: Progress) -> None:
+        output.progress(promotion.id, disk, phase, how_far)
+        watchers.progress(promotion.id, disk, phase, how_far)
+
+    def step(action: str) -> None:
+        output.step(promotion.id, action)
+        watchers.step(promotion.id, action)
+
     operation = PromoteOperation(promotion, journal, connect_again, progress, step)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, operation.cancel)
     loop.add_signal_handler(signal.SIGTERM, operation.stop)
-    async with control.controlled(journal.directory, promotion.id, operation.change_speed):
-        return await operation.run(guest), {"guest_alive": operation.alive}
+    async with control.controlled(journal.directory, promotion.id, operation, events):
+        try:
+            reports = await operation.run(guest)
+        except PromoterError as error:
+            watchers.error(error)
+            raise
+        result = _result(promotion.id, name, "done") | {"guest_alive": operation.alive}
+        output.result(result, reports)
+        watchers.result(result, reports)
 
 
 def _result(identity: str, guest: str, status: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from qemu.qmp import (
     StateError,
 )
 
-from promoter.blockjob import BlockJob, JobStatus
+from promoter.blockjob import PAUSED, BlockJob, JobStatus
 from promoter.errors import NoSpace, Unreachable
 from promoter.guests import view
 from promoter.guests.base import CommandFailed, ConnectionLost, GuestView, MirrorSpec
@@ -197,6 +197,13 @@ class QmpGuest:
 
     async def set_speed(self, job: str, speed: int) -> None:
         await self._execute("block-job-set-speed", device=job, speed=speed)
+
+    async def pause_job(self, job: str) -> None:
+        await self._execute("job-pause", id=job)
+
+    async def resume_job(self, job: str, speed: int) -> None:
+        await self._execute("job-resume", id=job)
+        await self.wait_for(job, tuple(set(JobStatus) - PAUSED), lambda _: None)
 
     async def write_blocking(self, job: str) -> None:
         commands = {command["name"] for command in await self._execute("query-commands")}
