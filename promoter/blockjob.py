@@ -28,6 +28,7 @@ class JobStatus(Enum):
 
 
 READY = frozenset({JobStatus.READY, JobStatus.STANDBY})
+PAUSED = frozenset({JobStatus.PAUSED, JobStatus.STANDBY})
 DRAINED = frozenset({JobStatus.WAITING, JobStatus.PENDING})
 ENDED = frozenset({JobStatus.CONCLUDED, JobStatus.NULL})
 

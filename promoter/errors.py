@@ -15,6 +15,8 @@ the next step. The exit codes are part of the command line's contract.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class PromoterError(Exception):
     """Something promoter did not expect."""
@@ -67,3 +69,25 @@ class Interrupted(PromoterError):
     """The operation stopped half-way and can be resumed."""
 
     exit_code = 9
+
+
+BY_EXIT_CODE = {
+    kind.exit_code: kind
+    for kind in (PromoterError, Unreachable, Refused, NoSpace, JobFailed, Cancelled, Interrupted)
+}
+
+
+def as_fields(error: PromoterError) -> dict[str, Any]:
+    """An error for ``--json`` and for other terminals."""
+    return {
+        "error": type(error).__name__,
+        "message": error.message,
+        "hint": error.hint,
+        "exit_code": error.exit_code,
+    }
+
+
+def from_fields(fields: dict[str, Any]) -> PromoterError:
+    """The error that `as_fields` told of, as the class that has its exit code."""
+    kind = BY_EXIT_CODE.get(fields["exit_code"], PromoterError)
+    return kind(fields["message"], fields["hint"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -41,6 +42,13 @@ class Case:
 
     def resume(self) -> Ran:
         return promoter(self.directory / "state", "job", "resume", "--json")
+
+    def job(self, *words: object) -> Ran:
+        return promoter(self.directory / "state", "job", *words, "--json")
+
+    def seeded_blocks(self) -> list[int]:
+        """What the seeds that grow hold."""
+        return [path.stat().st_blocks for path in self.directory.glob("*.part-*")]
 
     def files(self) -> set[str]:
         return {path.name for path in self.directory.glob("*.qcow2*")}
@@ -168,6 +176,44 @@ def test_cancelled_it_leaves_nothing_behind(case: Case, phase: str, speed: str) 
         cancelled = ended(promoting)
         assert cancelled.code == 7, (seen, cancelled)
         case.prove_unchanged(files)
+
+
+@pytest.mark.parametrize("phase", ["seed", "mirror"])
+def test_paused_it_copies_nothing_until_it_is_resumed(case: Case, phase: str) -> None:
+    with case.guest as guest:
+        guest.wait_for_acks(100)
+        words = ["--seed", "none"] if phase == "mirror" else []
+        promoting = case.start("promote", "--speed", SLOW, *words)
+        identity = json.loads(read_until(promoting, f'"phase": "{phase}"')[-1])["id"]
+        assert case.job("pause", identity).code == 0
+        assert case.job("speed", identity, "0").code == 0  # now only the pause holds it
+        before = case.seeded_blocks()
+        guest.wait_for_acks(40)
+        with pytest.raises(subprocess.TimeoutExpired):
+            promoting.wait(3)
+        assert case.seeded_blocks() == before
+        resumed = case.job("resume", identity)
+        assert (resumed.code, resumed.result["operation"]) == (0, "go on"), resumed
+        promoted = ended(promoting)
+        assert promoted.code == 0, promoted
+        guest.wait_for_acks(20)
+        guest.shutdown()
+    records.check(Path(promoted.result["disks"][0]["target"]), None, guest.log).raise_if_bad()
+
+
+@pytest.mark.nightly
+def test_killed_while_paused_it_goes_on_when_resumed(case: Case) -> None:
+    with case.guest as guest:
+        guest.wait_for_acks(60)
+        promoting = case.start("promote", "--speed", SLOW, "--seed", "none")
+        identity = json.loads(read_until(promoting, '"phase": "mirror"')[-1])["id"]
+        assert case.job("pause", identity).code == 0
+        assert case.job("speed", identity, "20M").code == 0
+        promoting.kill()
+        ended(promoting)
+        resumed = case.resume()
+        assert resumed.code == 0, resumed.out
+        case.prove(resumed.result)
 
 
 def test_terminated_it_goes_on_when_resumed(case: Case) -> None:

@@ -392,6 +392,33 @@ def change_speed(
     run.finish(run.change_speed(identity, parse_speed(rate, "RATE"), state, output), output)
 
 
+@job_app.command("watch")
+def watch_job(
+    identity: Identity,
+    state: State,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show a running operation until it ends; with its exit code. Ctrl-C ends only the watching."""
+    output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
+    run.finish(run.watch(identity, state, output), output)
+
+
+@job_app.command("pause")
+def pause_job(identity: Identity, state: State, as_json: Json = False) -> None:
+    """Have a running operation copy nothing until "job resume ID"; the guest runs on."""
+    output = choose(as_json=as_json, quiet=False, verbose=False)
+    run.finish(run.ask(identity, "pause", state, output), output)
+
+
+@job_app.command("cancel")
+def cancel_job(identity: Identity, state: State, as_json: Json = False) -> None:
+    """Have a running operation go back, unless its switchover has begun."""
+    output = choose(as_json=as_json, quiet=False, verbose=False)
+    run.finish(run.ask(identity, "cancel", state, output), output)
+
+
 @job_app.command("resume")
 def resume_job(
     state: State,
@@ -402,6 +429,9 @@ def resume_job(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Finish what was interrupted, or put it back, going by the guest and the files."""
+    """Finish what was interrupted, or put it back, going by the guest and the files.
+
+    One that is paused goes on.
+    """
     output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
     run.finish(run.resume(identity, state, output), output)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, TaskID, TextColumn
@@ -21,9 +22,9 @@ from rich.table import Table
 
 from promoter.blockjob import Progress
 from promoter.cli.tree import chain_fields, human_bytes, tree
-from promoter.errors import PromoterError
+from promoter.errors import PromoterError, as_fields, from_fields
 from promoter.guests.base import GuestView
-from promoter.operations.backup import Copied
+from promoter.operations.backup import KIND, Copied
 from promoter.operations.journal import Entry, OperationStatus, Step
 from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import Plan
@@ -42,7 +43,14 @@ BECAME = {
     Way.COMMIT_BELOW: "has fewer layers now",
     Way.SNAPSHOT: "goes on in an overlay",
 }
+ASKED = {
+    "pause": "paused; the guest runs on. Go on: promoter job resume",
+    "go on": "goes on",
+    "cancel": "asked to go back; a switchover that has begun still goes through",
+}
 LOG_WIDTH = 500
+REPORTS = TypeAdapter(list[DiskReport])
+COPIES = TypeAdapter(list[Copied])
 
 
 def human_seconds(seconds: float | None) -> str:
@@ -65,6 +73,8 @@ class Output(Protocol):
 
     def speed(self, operation: str, speed: int) -> None: ...
 
+    def asked(self, operation: str, request: str) -> None: ...
+
     def plan(self, plan: Plan, *, dry_run: bool) -> None: ...
 
     def step(self, operation: str, action: str) -> None: ...
@@ -80,12 +90,19 @@ class Output(Protocol):
     def close(self) -> None: ...
 
 
+def _print(event: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(event, default=str) + "\n")
+    sys.stdout.flush()
+
+
 class JsonOutput:
-    """One JSON object a line."""
+    """One JSON object a line, or for each a call of ``tell``."""
+
+    def __init__(self, tell: Callable[[dict[str, Any]], None] = _print) -> None:
+        self._tell = tell
 
     def _say(self, event: str, **fields: Any) -> None:
-        sys.stdout.write(json.dumps({"event": event, **fields}, default=str) + "\n")
-        sys.stdout.flush()
+        self._tell({"event": event, **fields})
 
     def chains(self, guest: str, view: GuestView, siblings: Siblings | None) -> None:
         self._say("result", **chain_fields(guest, view, siblings))
@@ -102,6 +119,9 @@ class JsonOutput:
     def speed(self, operation: str, speed: int) -> None:
         self._say("result", operation="speed", id=operation, speed=speed, exit_code=0)
 
+    def asked(self, operation: str, request: str) -> None:
+        self._say("result", operation=request, id=operation, exit_code=0)
+
     def plan(self, plan: Plan, *, dry_run: bool) -> None:
         self._say("plan", operation=plan.promotion.kind, **plan_fields(plan))
 
@@ -116,6 +136,7 @@ class JsonOutput:
             phase=phase,
             done_bytes=progress.done,
             total_bytes=progress.total,
+            elapsed_s=round(progress.elapsed, 3),
             rate=round(progress.rate),
             eta_s=progress.eta,
             dirtied=progress.dirtied,
@@ -129,13 +150,7 @@ class JsonOutput:
         self._say("result", **result, disks=[asdict(each) for each in copied])
 
     def error(self, error: PromoterError) -> None:
-        self._say(
-            "error",
-            error=type(error).__name__,
-            message=error.message,
-            hint=error.hint,
-            exit_code=error.exit_code,
-        )
+        self._say("error", **as_fields(error))
 
     def close(self) -> None:
         pass
@@ -173,6 +188,9 @@ class PlainOutput:
     def speed(self, operation: str, speed: int) -> None:
         limit = f"{human_bytes(speed)}/s" if speed else "none"
         self.console.print(f"{operation}: limit for each disk is now {limit}")
+
+    def asked(self, operation: str, request: str) -> None:
+        self.console.print(f"{operation}: {ASKED[request]}")
 
     def plan(self, plan: Plan, *, dry_run: bool) -> None:
         for name in plan.nothing_to_do:
@@ -359,6 +377,23 @@ def plan_fields(plan: Plan) -> dict[str, Any]:
             for index, disk in enumerate(promotion.disks)
         ],
     }
+
+
+def replay(event: dict[str, Any], output: Output) -> None:
+    """Show what a running operation told. Raises the error that it ended with."""
+    match event.pop("event"):
+        case "step":
+            output.step(event["id"], event["action"])
+        case "progress":
+            done, total, elapsed = (event[k] for k in ("done_bytes", "total_bytes", "elapsed_s"))
+            progress = Progress(done, total, elapsed, event["dirtied"], event["limit"])
+            output.progress(event["id"], event["disk"], event["phase"], progress)
+        case "result" if event["operation"] == KIND:
+            output.backups(event, COPIES.validate_python(event.pop("disks")))
+        case "result":
+            output.result(event, REPORTS.validate_python(event.pop("disks")))
+        case "error":
+            raise from_fields(event)
 
 
 def choose(*, as_json: bool, quiet: bool, verbose: bool) -> Output:

@@ -7,29 +7,31 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 
-from promoter.cli.output import Output
-from promoter.errors import Cancelled, PromoterError, Refused
+from promoter.blockjob import Progress
+from promoter.cli.output import JsonOutput, Output, replay
+from promoter.errors import Cancelled, Interrupted, PromoterError, Refused
 from promoter.guests.base import Guest, GuestView
 from promoter.guests.libvirt import LibvirtGuest
 from promoter.guests.qmp import QmpGuest
 from promoter.operations import backup, control
 from promoter.operations.backup import INTENT_OF_BACKUP, Backup, BackupOperation
 from promoter.operations.journal import Entry, Journal, OperationStatus, new_id
-from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import Plan
-from promoter.operations.promote import INTENT, PromoteOperation
+from promoter.operations.promote import INTENT, OnProgress, OnStep, PromoteOperation
 from promoter.operations.promotion import Choices, Promotion
 from promoter.operations.spares import sweep
 from promoter.storage.siblings import Siblings, find_siblings
 
+Op = TypeVar("Op", PromoteOperation, BackupOperation)
 Planner = Callable[[Guest, str, Choices], Awaitable[Plan]]
 ENDED = frozenset({OperationStatus.DONE, OperationStatus.FAILED, OperationStatus.CANCELLED})
 
@@ -108,8 +110,7 @@ async def perform(
     with journal.hold(promotion.id):
         intent = INTENT.dump_json(promotion).decode()
         journal.open(promotion.id, promotion.kind, promotion.guest, intent)
-        reports, alive = await _run(promotion, journal, guest, output)
-    output.result(_result(promotion, "done") | alive, reports)
+        await _run(promotion, journal, guest, output)
 
 
 async def back_up(
@@ -137,24 +138,51 @@ async def back_up(
 
 async def change_speed(identity: str, speed: int, state: Path, output: Output) -> None:
     """Give a running operation another limit."""
+    running = _running(identity, state)
+    await control.ask(state, running, "speed", speed=speed)
+    output.speed(running, speed)
+
+
+async def ask(identity: str, request: str, state: Path, output: Output) -> None:
+    """Ask a running operation for something."""
+    running = _running(identity, state)
+    await control.ask(state, running, request)
+    output.asked(running, request)
+
+
+async def watch(identity: str, state: Path, output: Output) -> None:
+    """Show a running operation until it ends; its error is raised here too."""
+    running = _running(identity, state)
+    await control.watch(state, running, partial(replay, output=output))
+    if Journal(state).entry(running).status is OperationStatus.INTERRUPTED:
+        raise Interrupted(
+            f"operation {running} stopped half-way", f"Continue: promoter job resume {running}"
+        )
+
+
+def _running(identity: str, state: Path) -> str:
     entry = Journal(state).entry(identity)
     if entry.status is not OperationStatus.RUNNING:
         raise Refused(
             f"operation {entry.id} is not running: it is {entry.status}",
             "See which are: promoter job list",
         )
-    await control.change_speed(state, entry.id, speed)
-    output.speed(entry.id, speed)
+    return entry.id
 
 
 async def resume(identity: str | None, state: Path, output: Output) -> None:
     """Finish what was interrupted, or put it back: one operation, or all of them.
 
+    One that runs and is paused goes on.
     Without an id every operation is tried, and the first error's code is the command's.
     """
     journal = Journal(state)
     if identity is not None:
-        await _resume(journal, journal.entry(identity).id, output)
+        entry = journal.entry(identity)
+        if entry.status is OperationStatus.RUNNING:
+            await ask(identity, "go on", state, output)
+        else:
+            await _resume(journal, entry.id, output)
         return
     codes = []
     for entry in journal.entries():
@@ -187,34 +215,60 @@ async def _resume(journal: Journal, identity: str, output: Output) -> None:
                 await sweep(promotion, connect_again)
             output.result(_result(promotion, entry.status), [])
             return
-        promotion = replace(promotion, tidied=False)
-        reports, alive = await _run(promotion, journal, None, output)
-    output.result(_result(promotion, "done") | alive, reports)
+        await _run(replace(promotion, tidied=False), journal, None, output)
 
 
-async def _run(
-    promotion: Promotion, journal: Journal, guest: Guest | None, output: Output
-) -> tuple[Sequence[DiskReport], dict[str, bool]]:
-    progress = partial(output.progress, promotion.id)
-    step = partial(output.step, promotion.id)
-    operation = PromoteOperation(promotion, journal, connect_again, progress, step)
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGINT, operation.cancel)
-    loop.add_signal_handler(signal.SIGTERM, operation.stop)
-    async with control.controlled(journal.directory, promotion.id, operation.change_speed):
-        return await operation.run(guest), {"guest_alive": operation.alive}
+async def _run(promotion: Promotion, journal: Journal, guest: Guest | None, output: Output) -> None:
+    """Run a promotion, consolidation or snapshot to its end."""
+
+    def make(progress: OnProgress, step: OnStep) -> PromoteOperation:
+        return PromoteOperation(promotion, journal, connect_again, progress, step)
+
+    async with _watched(promotion.id, journal, output, make) as (operation, outputs):
+        reports = await operation.run(guest)
+        result = _result(promotion, "done") | {"guest_alive": operation.alive}
+        for each in outputs:
+            each.result(result, reports)
 
 
 async def _run_backup(intent: Backup, journal: Journal, output: Output) -> None:
-    progress = partial(output.progress, intent.id)
-    step = partial(output.step, intent.id)
-    operation = BackupOperation(intent, journal, connect_again, progress, step)
+    def make(progress: OnProgress, step: OnStep) -> BackupOperation:
+        return BackupOperation(intent, journal, connect_again, progress, step)
+
+    async with _watched(intent.id, journal, output, make) as (operation, outputs):
+        copied = await operation.run()
+        for each in outputs:
+            each.backups(_result(intent, "done"), copied)
+
+
+@asynccontextmanager
+async def _watched(
+    identity: str, journal: Journal, output: Output, make: Callable[[OnProgress, OnStep], Op]
+) -> AsyncIterator[tuple[Op, tuple[Output, Output]]]:
+    """An operation before the eyes of everyone who watches, and in the hands of signals and of
+    other terminals.
+    """
+    events = control.Events()
+    outputs = (output, JsonOutput(events.publish))
+
+    def progress(disk: str, phase: str, how_far: Progress) -> None:
+        for each in outputs:
+            each.progress(identity, disk, phase, how_far)
+
+    def step(action: str) -> None:
+        for each in outputs:
+            each.step(identity, action)
+
+    operation = make(progress, step)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, operation.cancel)
     loop.add_signal_handler(signal.SIGTERM, operation.stop)
-    async with control.controlled(journal.directory, intent.id, operation.change_speed):
-        copied = await operation.run()
-    output.backups(_result(intent, "done"), copied)
+    async with control.controlled(journal.directory, identity, operation, events):
+        try:
+            yield operation, outputs
+        except PromoterError as error:
+            outputs[1].error(error)
+            raise
 
 
 def _result(intent: Promotion | Backup, status: str) -> dict[str, Any]:

@@ -161,6 +161,15 @@ class Guest(Protocol):
     async def limit(self, disk: Disk, limits: Mapping[str, int], writes: int | None = None) -> None:
         """Set the disk's I/O limits, but let it write at most ``writes`` bytes per second."""
 
+    async def pause_job(self, job: str) -> None:
+        """Have a block job copy nothing of its own until `resume_job`.
+
+        libvirt has no pause: there it is slowed down to a byte a second.
+        """
+
+    async def resume_job(self, job: str, speed: int) -> None:
+        """End a pause; go on at ``speed`` bytes per second, 0 for no limit."""
+
     async def job(self, job: str) -> BlockJob | None:
         """The job as it is now."""
 

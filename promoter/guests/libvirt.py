@@ -44,6 +44,7 @@ from promoter.guests.base import (
 
 DEFAULT_URI = "qemu:///system"
 DEFINITION = libvirt.VIR_DOMAIN_XML_INACTIVE
+SLOWEST = 1  # byte a second; 0 is no limit
 KEEPALIVE, KEEPALIVES = 5, 3  # seconds between them, and how many may stay unanswered
 ENDINGS = {
     libvirt.VIR_DOMAIN_BLOCK_JOB_COMPLETED: None,
@@ -231,6 +232,12 @@ class LibvirtGuest:
     async def set_speed(self, job: str, speed: int) -> None:
         in_bytes = libvirt.VIR_DOMAIN_BLOCK_JOB_SPEED_BANDWIDTH_BYTES
         await self._call(self._domain.blockJobSetSpeed, job, speed, in_bytes)
+
+    async def pause_job(self, job: str) -> None:
+        await self.set_speed(job, SLOWEST)
+
+    async def resume_job(self, job: str, speed: int) -> None:
+        await self.set_speed(job, speed)
 
     async def job(self, job: str) -> BlockJob | None:
         """The block job that runs on the disk of this name, or how its last one ended."""

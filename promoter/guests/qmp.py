@@ -30,7 +30,7 @@ from qemu.qmp import (
     StateError,
 )
 
-from promoter.blockjob import BlockJob, JobStatus
+from promoter.blockjob import PAUSED, BlockJob, JobStatus
 from promoter.chain import Disk, DiskOptions
 from promoter.errors import NoSpace, Unreachable
 from promoter.guests import view
@@ -259,6 +259,13 @@ class QmpGuest:
 
     def throttle(self, disk: Disk, limits: Mapping[str, int]) -> dict[str, object]:
         return {"id": disk.key, **limits}
+
+    async def pause_job(self, job: str) -> None:
+        await self._execute("job-pause", id=job)
+
+    async def resume_job(self, job: str, speed: int) -> None:
+        await self._execute("job-resume", id=job)
+        await self.wait_for(job, tuple(set(JobStatus) - PAUSED), lambda _: None)
 
     async def write_blocking(self, job: str) -> None:
         commands = {command["name"] for command in await self._execute("query-commands")}

@@ -290,6 +290,20 @@ class BackupOperation:
         if self._child:
             await self._child.change_speed(speed)
 
+    async def pause(self) -> None:
+        """Copy and merge nothing more until `go_on`."""
+        self._pace.pause()
+        if self._child:
+            await self._child.pause()
+
+    async def go_on(self) -> None:
+        """Copy on after a `pause`. Raises `Refused` when there was none."""
+        if not self._pace.paused:
+            raise Refused(f"backup {self.id} is not paused", f"See: promoter job watch {self.id}")
+        self._pace.go_on()
+        if self._child:
+            await self._child.go_on()
+
     async def look(self) -> Seen:
         copied = tuple(disk.file.exists() for disk in self.intent.disks)
         return Seen(self._part(self.intent.frozen), self._part(self.intent.merged), copied)
@@ -365,6 +379,8 @@ class BackupOperation:
                 promotion = INTENT.validate_json(entry.intent)
             connect, progress, step = self._connect, self._on_progress, self._on_step
             self._child = PromoteOperation(promotion, self._journal, connect, progress, step)
+            if self._pace.paused:
+                await self._child.pause()
             try:
                 self._reports[identity] = await self._child.run(guest)
             finally:

@@ -101,6 +101,7 @@ LONGEST_APPROACH = 60.0
 LOOK_EVERY, SLOW_EVERY = 0.05, 0.5
 MOST_PAUSES = 10
 STOPPABLE = frozenset({Do.SEED, Do.AWAIT_READY})
+FORWARD = frozenset({Do.SEED, Do.MIRROR, Do.AWAIT_READY, Do.PREPARE, Do.SWITCH_OVER})
 MUST_WORK = frozenset(
     {Do.CONTINUE, Do.PUT_NAME_BACK, Do.COMMIT_NAME, Do.DETACH, Do.DISCARD, Do.TIDY, Do.UNLIMIT}
 )
@@ -133,6 +134,8 @@ class PromoteOperation:
         self._seen = Seen(alive=False, disks=())
         self._acting: asyncio.Task[None] | None = None
         self._stopped = False
+        self._going = asyncio.Event()
+        self._going.set()
         self._expected_cancels: set[str] = set()
         self._reports: dict[str, DiskReport] = {}
         self._paces: dict[str, Pace] = {}
@@ -159,6 +162,7 @@ class PromoteOperation:
         self._guest = guest
         if guest is None:  # a resume: the guard may have put the switchover back
             self._expected_cancels.update(disk.node for disk in self.intent.disks)
+            await self._end_pause()
         try:
             last = await operation.run(self, self._journal)
         except Interrupted:
@@ -179,11 +183,13 @@ class PromoteOperation:
     def cancel(self) -> None:
         """Ask for the old state; takes effect unless the switchover has begun."""
         self._fail(Failure.CANCELLED, "cancelled")
+        self._going.set()
         self._interrupt()
 
     def stop(self) -> None:
         """Leave everything as it is, jobs running, for ``promoter job resume``."""
         self._stopped = True
+        self._going.set()
         self._interrupt()
 
     async def change_speed(self, speed: int) -> None:
@@ -191,10 +197,52 @@ class PromoteOperation:
         self._save(replace(self.intent, choices=replace(self.intent.choices, speed=speed)))
         for pace in self._paces.values():
             pace.change(speed)
-        if self._guest:
-            for disk in self.intent.disks:
-                if await self._guest.job(disk.job):
-                    await self._guest.set_speed(disk.job, speed)
+        if not (self.intent.domain and not self._going.is_set()):  # its pause is a speed
+            for guest, job in await self._jobs():
+                await guest.set_speed(job, speed)
+
+    async def pause(self) -> None:
+        """Stop copying until `go_on`. A switchover that has begun is not held up."""
+        self._going.clear()
+        for pace in self._paces.values():
+            pace.pause()
+        if self._acting:
+            await self._pause_jobs()
+        self._on_step("pause")
+
+    async def go_on(self) -> None:
+        """Copy on after a `pause`."""
+        if self._going.is_set():
+            raise Refused(
+                f"operation {self.id} runs and is not paused", f"See: promoter job watch {self.id}"
+            )
+        for pace in self._paces.values():
+            pace.go_on()
+        await self._resume_jobs()
+        self._going.set()
+        self._on_step("go on")
+
+    async def _pause_jobs(self) -> None:
+        for guest, job in await self._jobs():
+            with suppress(CommandFailed):  # paused before, or it has just ended
+                await guest.pause_job(job)
+
+    async def _resume_jobs(self) -> None:
+        for guest, job in await self._jobs():
+            with suppress(CommandFailed):  # not paused, or it has just ended
+                await guest.resume_job(job, self.intent.choices.speed)
+
+    async def _jobs(self) -> list[tuple[Guest, str]]:
+        """Our jobs that are there."""
+        if (guest := self._guest) is None:
+            return []
+        return [(guest, disk.job) for disk in self.intent.disks if await guest.job(disk.job)]
+
+    async def _end_pause(self) -> None:
+        """Whoever paused the jobs of an interrupted operation is gone."""
+        with suppress(PromoterError):  # no guest: the look finds out more
+            self._guest = await self._connect(self.intent)
+            await self._resume_jobs()
 
     def _interrupt(self) -> None:
         if self._acting:
@@ -203,6 +251,15 @@ class PromoteOperation:
     # Look
 
     async def look(self) -> Seen:
+        """What there is now; not before `go_on` when the next step would be one forward."""
+        seen = await self._look()
+        while not self._going.is_set() and self.decide(seen).do in FORWARD:
+            await self._pause_jobs()
+            await self._going.wait()
+            seen = await self._look()
+        return seen
+
+    async def _look(self) -> Seen:
         view = await self._view()
         try:
             disks = tuple(observe(disk, view) for disk in self.intent.disks)
@@ -434,6 +491,8 @@ class PromoteOperation:
             backing=_backing(disk),
         )
         pace = self._paces[disk.node] = Pace(self.intent.choices.speed)
+        if not self._going.is_set():
+            pace.pause()
         made = await self._while_alive(seed.make_seed(spec, pace, report))
         self._report(disk).seeded_bytes = disk.part.stat().st_blocks * 512
         self._save(self.intent.with_disk(index, replace(disk, seeded=made)))
