@@ -116,6 +116,10 @@ class Libvirtd:
             return False
         return True
 
+    def log(self) -> str:
+        """The last lines that the daemon wrote."""
+        return "\n".join((self.directory / "libvirtd.log").read_text().splitlines()[-20:])
+
     def connect(self) -> libvirt.virConnect:
         """A connection that is the tests' own."""
         return libvirt.open(self.uri)
@@ -202,7 +206,11 @@ class Domain:
 
     def define(self) -> None:
         """Gives libvirt the domain's definition, once more if need be."""
-        self._connection.defineXML(self.xml())
+        try:
+            self._connection.defineXML(self.xml())
+        except libvirt.libvirtError as error:
+            error.add_note(self.libvirtd.log())  # it may know a cause that libvirt does not tell
+            raise
 
     @property
     def domain(self) -> libvirt.virDomain:
