@@ -1,10 +1,12 @@
 """Real libvirt domains: what promoter sees of them, and what it says when it cannot."""
 
+import contextlib
 import json
 import signal
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,17 @@ from promoter.guests.bugs import loses_writes_at_start
 from tests import records
 from tests.cli import Ran, ended, promoter, start
 from tests.domains import Domain, Libvirtd
-from tests.vm import Disk, base, blank, linked_clone, newer_qemu, why_no_newer_qemu
+from tests.vm import (
+    MIB,
+    Bus,
+    Disk,
+    base,
+    blank,
+    linked_clone,
+    newer_qemu,
+    qemu_img,
+    why_no_newer_qemu,
+)
 
 
 def chains(domain: Domain) -> list[dict[str, Any]]:
@@ -137,10 +149,13 @@ TYPICAL = [
 class Case:
     """A domain on a linked clone, and a promotion of it."""
 
-    def __init__(self, libvirtd: Libvirtd, directory: Path) -> None:
+    def __init__(
+        self, libvirtd: Libvirtd, directory: Path, disk: Disk | None = None, **options: Any
+    ) -> None:
         self.libvirtd, self.directory = libvirtd, directory
-        self.clone = linked_clone(base(), directory / "clone.qcow2")
-        self.domain = Domain(libvirtd, directory, [Disk(self.clone)])
+        disk = disk or Disk(linked_clone(base(), directory / "clone.qcow2"))
+        self.clone = disk.path
+        self.domain = Domain(libvirtd, directory, [disk], **options)
         self.state = directory / "state"
 
     def strike(self, point: str, whom: str, *words: str) -> subprocess.Popen[str]:
@@ -281,6 +296,81 @@ def test_a_transient_domain_is_promoted_and_stays_transient(case: Case) -> None:
     records.check(Path(new), "qcow2", domain.log).raise_if_bad()
 
 
+def test_a_volume_of_a_pool_in_an_iothread(libvirtd: Libvirtd, tmp_path: Path) -> None:
+    disk = Disk(linked_clone(base(), tmp_path / "clone.qcow2"), iothread=True)
+    with pool(libvirtd, tmp_path) as name:
+        case = Case(libvirtd, tmp_path, disk, pool=name)
+        with case.domain as domain:
+            domain.wait_for_acks(60)
+            before = chains(domain)[0]
+            believed = {"chain": files(before), "next_boot": str(disk.path), "mirror": None}
+            assert before["libvirt"] == believed
+            promote(case)
+            case.prove(promoted=True)
+
+
+@contextlib.contextmanager
+def pool(libvirtd: Libvirtd, directory: Path) -> Iterator[str]:
+    """A pool whose volumes are the files of a directory."""
+    xml = f"<pool type='dir'><name>pool</name><target><path>{directory}</path></target></pool>"
+    with libvirtd.connect() as connection:
+        made = connection.storagePoolCreateXML(xml)
+        yield made.name()
+        made.destroy()
+
+
+def test_a_spelled_out_chain_on_virtio_scsi(libvirtd: Libvirtd, tmp_path: Path) -> None:
+    disk = Disk(linked_clone(base(), tmp_path / "clone.qcow2"), bus=Bus.SCSI)
+    case = Case(libvirtd, tmp_path, disk, spelled_out=True)
+    with case.domain as domain:
+        domain.wait_for_acks(60)
+        promote(case)
+        case.prove(promoted=True)
+
+
+def test_a_block_device_on_sata_is_left_as_it_was(libvirtd: Libvirtd, tmp_path: Path) -> None:
+    with device(tmp_path / "device.qcow2") as path:
+        case = Case(libvirtd, tmp_path, Disk(path, bus=Bus.SATA))
+        with case.domain as domain:
+            domain.wait_for_acks(60)
+            nowhere = promoter(case.state, "promote", *domain.address)
+            assert nowhere.code == 4, nowhere
+            assert "Give a --target" in nowhere.err
+            words = ["promote", *domain.address, "--target", tmp_path / "target.qcow2", "--json"]
+            promoting = start(case.state, *words, "--seed", "none", "--speed", "20M")
+            assert promoting.stdout
+            while '"phase": "mirror"' not in promoting.stdout.readline():
+                assert promoting.poll() is None
+            promoting.send_signal(signal.SIGINT)
+            assert ended(promoting).code == 7
+            assert (domain.files(), (tmp_path / "target.qcow2").exists()) == ([""], False)
+            promoted = promoter(case.state, *words)
+            assert promoted.code == 0, promoted.out
+            case.prove(promoted=True)
+        assert "backing file" in qemu_img("info", path)
+
+
+@contextlib.contextmanager
+def device(file: Path) -> Iterator[Path]:
+    """A loop device that holds a linked clone."""
+    with file.open("wb") as image:
+        image.truncate(512 * MIB)
+    command = ["losetup", "--find", "--show", str(file)]
+    path = Path(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout[:-1])
+    try:
+        yield linked_clone(base(), path)
+    finally:
+        subprocess.run(["losetup", "--detach", path], check=True)
+
+
+def promote(case: Case, *words: object) -> dict[str, Any]:
+    """The disk's part of promoter's result."""
+    promoted = promoter(case.state, "promote", *case.domain.address, *words, "--json")
+    assert promoted.code == 0, promoted.out
+    (disk,) = promoted.result["disks"]
+    return dict(disk)
+
+
 def test_a_job_of_somebody_else_is_left_alone(case: Case, tmp_path: Path) -> None:
     other = tmp_path / "other.qcow2"
     with case.domain as domain:
@@ -344,10 +434,7 @@ def test_a_domain_whose_qemu_can_lose_writes_at_a_start_is_suspended_for_it(
 ) -> None:
     if (newer := newer_qemu()) is None:
         pytest.skip(f"no newer QEMU: {why_no_newer_qemu()}")
-    case = Case(libvirtd, tmp_path)
-    case.domain = Domain(
-        libvirtd, tmp_path, [Disk(case.clone)], emulator=newer / "qemu-system-x86_64"
-    )
+    case = Case(libvirtd, tmp_path, emulator=newer / "qemu-system-x86_64")
     with case.domain as domain:
         domain.wait_for_acks(60)
         promoted = promoter(case.state, "promote", *domain.address, "--json")

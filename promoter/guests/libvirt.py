@@ -140,13 +140,14 @@ class LibvirtGuest:
         """
         defined = None
         if await self._call(self._domain.isPersistent):
-            defined = {name: _source(e) for name, e in _disks(await self._xml(DEFINITION)).items()}
+            persistent = _disks(await self._resolved(DEFINITION))
+            defined = {name: _source(element) for name, element in persistent.items()}
         if not await self._call(self._domain.isActive):
             nothing = (frozenset[str](), dict[str, BlockJob](), frozenset[str]())
             return GuestView((0, 0, 0), SHUTOFF, False, (), *nothing, defined)
         await view.check_version(self._query, self.name)
         seen = await view.take(self._query, self.name, self._pid)
-        live = _disks(await self._xml(0))
+        live = _disks(await self._resolved(0))
         jobs = {name: job for name in live if (job := await self.job(name))}
         disks = tuple(_named(disk, live, defined or {}) for disk in seen.disks)
         return replace(seen, disks=disks, jobs=jobs, defined=defined)
@@ -247,6 +248,19 @@ class LibvirtGuest:
 
     async def _xml(self, flags: int) -> Element:
         return ElementTree.fromstring(await self._call(self._domain.XMLDesc, flags))
+
+    async def _resolved(self, flags: int) -> Element:
+        """The XML with the files of its pool volumes, which it does not name."""
+        xml = await self._xml(flags)
+        for source in xml.iterfind("devices/disk/source[@pool]"):
+            path = await self._call(self._volume, source.get("pool"), source.get("volume"))
+            source.set("file", path)
+        return xml
+
+    def _volume(self, pool: str, volume: str) -> str:
+        return str(
+            self._connection.storagePoolLookupByName(pool).storageVolLookupByName(volume).path()
+        )
 
     async def _query(self, command: str, **arguments: object) -> Any:
         named = {key.replace("_", "-"): value for key, value in arguments.items()}

@@ -14,6 +14,7 @@ from promoter.guests.base import Domain, Guest, GuestView
 from promoter.guests.bugs import loses_writes_at_start, unmaps_wrongly
 from promoter.operations.preflight import (
     check_definition,
+    check_device,
     check_directory,
     check_disk,
     check_domain,
@@ -28,6 +29,7 @@ from promoter.operations.preflight import (
     check_targets,
     check_throttles,
     is_encrypted,
+    is_local,
     select_disks,
 )
 from promoter.operations.promotion import Choices, DiskIntent, DomainAddress, Promotion
@@ -108,9 +110,8 @@ async def plan_disk(
     names = _names(disk, choices, identity)
     geometry = _geometry(disk.chain, choices)
     below = disk.chain.below
-    bitmaps = names.defined and any(image.bitmaps for image in below)
-    if is_encrypted(below) or bitmaps:
-        method = _no_seed(choices, bitmaps=bitmaps)
+    if why := _why_no_seed(disk):
+        method = _no_seed(choices, why)
     else:
         method, geometry = await asyncio.to_thread(_method, below, choices, geometry, names.target)
     full = await _full_size(disk.chain, geometry)
@@ -134,7 +135,7 @@ async def _full_size(chain: BackingChain, geometry: Geometry) -> int:
     """The most bytes that the new disk can take at first."""
     whole = chain.active.virtual_size
     allocated = geometry.preallocation in (Preallocation.FALLOC, Preallocation.FULL)
-    if is_encrypted(chain):  # only QEMU has the key
+    if is_encrypted(chain) or not is_local(chain):  # only QEMU can read it
         return whole
     measured = await images.measure(chain.images, geometry.format, geometry.options)
     return max(measured, whole) if allocated else measured
@@ -157,6 +158,9 @@ def _names(disk: Disk, choices: Choices, identity: str) -> Names:
     old = _file(disk.chain.active).resolve()
     elsewhere = choices.target or choices.target_dir
     in_place = not (elsewhere or disk.libvirt)
+    is_device = old.is_block_device()
+    if is_device:
+        check_device(disk, bool(elsewhere))
     if choices.target:
         target = choices.target.absolute()
     elif choices.target_dir:
@@ -168,7 +172,7 @@ def _names(disk: Disk, choices: Choices, identity: str) -> Names:
         target = old.with_name(f"{old.name}.new-{identity}")
     overlay = file_id(old)
     assert overlay, f"{old}: checked to be there"
-    for directory in {old.parent, target.parent}:
+    for directory in {target.parent} if is_device else {old.parent, target.parent}:
         check_directory(directory)
     if os.path.lexists(target):
         same = target.exists() and stamp(target) == stamp(old)
@@ -180,10 +184,11 @@ def _names(disk: Disk, choices: Choices, identity: str) -> Names:
         old=overlay,
         path=old,
         target=target,
-        aside=old.with_name(f"{old.name}.aside-{identity}"),
+        aside=old if is_device else old.with_name(f"{old.name}.aside-{identity}"),
         prepared=old.with_name(f"{old.name}.next-{identity}"),
         in_place=in_place,
         defined=disk.libvirt is not None,
+        stays=is_device,
     )
 
 
@@ -196,13 +201,20 @@ def _geometry(chain: BackingChain, choices: Choices) -> Geometry:
     return Geometry(choices.format, cluster, extended, choices.preallocation)
 
 
-def _no_seed(choices: Choices, *, bitmaps: bool) -> SeedMethod:
+def _why_no_seed(disk: Disk) -> str:
+    """Why everything must be copied by the mirror, if it must."""
+    below = disk.chain.below
+    if not is_local(below):
+        return "only the guest's QEMU can read a layer below that is not a local file"
+    if is_encrypted(below):
+        return "only the guest's QEMU has the key of an encrypted layer below"
+    if disk.libvirt and any(image.bitmaps for image in below):
+        return "libvirt keeps dirty bitmaps of layers below only when it copies those too"
+    return ""
+
+
+def _no_seed(choices: Choices, why: str) -> SeedMethod:
     if choices.seed not in (None, SeedMethod.NONE):
-        why = (
-            "libvirt keeps dirty bitmaps of layers below only when it copies those too"
-            if bitmaps
-            else "only the guest's QEMU has the key of an encrypted layer below"
-        )
         raise Refused(why, "Use --seed none.")
     return SeedMethod.NONE
 

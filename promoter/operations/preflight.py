@@ -78,6 +78,10 @@ def is_encrypted(chain: Iterable[Image]) -> bool:
     return any(image.encrypted for image in chain)
 
 
+def is_local(chain: Iterable[Image]) -> bool:
+    return all(image.file for image in chain)
+
+
 def check_disk(disk: Disk, lose: tuple[Loss, ...]) -> None:
     active = disk.chain.active
     why = ""
@@ -106,9 +110,9 @@ def check_disk(disk: Disk, lose: tuple[Loss, ...]) -> None:
     elif is_encrypted(disk.chain) and Loss.ENCRYPTION not in lose:
         why = "its chain has encrypted images"
         hint = "The new disk would be in clear text. If it may be: --lose encryption --target FILE"
-    elif remote := next((image for image in disk.chain if image.file is None), None):
-        why = f"{remote.node} is not a local file"
-        hint = "Run promoter where the chain's files are."
+    elif active.file is None:
+        why = f"its active layer, {active.node}, is not a local file"
+        hint = "Run promoter where its files are."
     if why:
         raise Refused(f"{disk.name}: {why}", hint)
 
@@ -127,15 +131,31 @@ def check_definition(disk: Disk) -> None:
             " from the right disk, first.",
         )
     for upper, lower in pairwise(disk.chain):
-        assert upper.file
+        if not (upper.file and lower.file):
+            continue  # how the name of what is elsewhere is written is QEMU's and libvirt's affair
         named = images.backing_name(upper.file) or ""
         found = stamp(upper.file.parent / named)
-        if not named.startswith("json:") and found != (lower.file and stamp(lower.file)):
+        if not named.startswith("json:") and found != stamp(lower.file):
             raise Refused(
                 f"{disk.name}: the header of {upper.file} names {named or 'nothing'} below it,"
                 f" but QEMU has {lower.file} there",
                 "The next boot would open another chain. Mend it: qemu-img rebase -u",
             )
+
+
+def check_device(disk: Disk, has_target: bool) -> None:
+    """Can the guest leave the block device that its active layer is on?"""
+    path = disk.chain.active.file
+    if disk.libvirt is None:
+        raise Refused(
+            f"{disk.name}: {path} is a block device, whose name cannot lead to another disk",
+            "The guest's command line would boot the old disk again. Move it to a file first.",
+        )
+    if not has_target:
+        raise Refused(
+            f"{disk.name}: {path} is a block device, with no room for a file beside it",
+            "Give a --target.",
+        )
 
 
 def check_in_place(disk: Disk, wanted: str) -> None:
@@ -205,6 +225,8 @@ def check_files(guest: Guest, disk: Disk) -> None:
 
 async def check_headers(disk: Disk) -> None:
     for image in disk.chain:
+        if image.file is None:
+            continue
         try:
             found = await images.info(image)
         except images.ImageError as error:
