@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -321,10 +323,15 @@ def pool(libvirtd: Libvirtd, directory: Path) -> Iterator[str]:
 
 def test_a_spelled_out_chain_on_virtio_scsi(libvirtd: Libvirtd, tmp_path: Path) -> None:
     disk = Disk(linked_clone(base(), tmp_path / "clone.qcow2"), bus=Bus.SCSI)
+    disk.path.chmod(0o640)
+    label = b"system_u:object_r:svirt_image_t:s0:c1,c2\0"
+    os.setxattr(disk.path, "security.selinux", label)
     case = Case(libvirtd, tmp_path, disk, spelled_out=True)
     with case.domain as domain:
         domain.wait_for_acks(60)
-        promote(case)
+        target = Path(promote(case)["target"])
+        assert stat.S_IMODE(target.stat().st_mode) == 0o640
+        assert os.getxattr(target, "security.selinux") == label
         case.prove(promoted=True)
 
 
@@ -399,6 +406,8 @@ def test_incremental_backups_go_on(case: Case, tmp_path: Path) -> None:
         domain.wait_for_acks(20)
         domain.pause()
         before = dirty_bytes(domain, "monday")
+        raw = promoter(case.state, "promote", *domain.address, "--format", "raw", "--dry-run")
+        assert "monday) stay behind" in " ".join(raw.err.split()) + raw.out, raw
         promoted = promoter(case.state, "promote", *domain.address, "--json")
         assert promoted.code == 0, promoted.out
         assert promoted.result["disks"][0]["seed"] == "none"

@@ -284,7 +284,7 @@ def _warnings(intent: DiskIntent) -> list[str]:
         known = f"{intent.name}: dirty bitmaps ({', '.join(sorted(bitmaps))})"
         warnings.append(
             f"{known} go to the new disk: incremental backups go on"
-            if intent.names.defined
+            if intent.names.defined and intent.geometry.format == "qcow2"
             else f"{known} stay behind: the next incremental backup must be a full one"
         )
     if is_encrypted(intent.chain):
