@@ -148,9 +148,10 @@ def against_virsh(directory: Path, kind: str, domain: Domain, size: int) -> None
     case = Case(f"{kind}, {size // GIB} GiB", size, round(size / 10 / STEP) * STEP, "auto")
     below(directory, case)
     os.sync()
-    taken = defaultdict(list)
+    taken: dict[str, list[float]] = {tool: [] for tool in PEERS}
+    tools = list(PEERS)
     for number in range(ROUNDS):
-        for tool in PEERS:
+        for tool in tools[number:] + tools[:number]:
             took = domain_seconds(directory, domain, case, tool)
             taken[tool].append(took)
             print(f"round {number + 1}, {case.name}, {tool}: {took:.2f} s", file=sys.stderr)

@@ -382,16 +382,49 @@ def test_a_job_of_somebody_else_is_left_alone(case: Case, tmp_path: Path) -> Non
     other = tmp_path / "other.qcow2"
     with case.domain as domain:
         domain.wait_for_acks(60)
-        copy = f"<disk type='file'><driver type='qcow2'/><source file='{other}'/></disk>"
-        flags = libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
-        domain.domain.blockCopy("vda", copy, {}, flags)
+        copy_to(other, domain)
         promoted = promoter(case.state, "promote", *domain.address)
         assert promoted.code == 4, promoted
         assert "a block job runs on it" in promoted.err
         assert "mirror" in domain.domain.XMLDesc(0)
         domain.domain.blockJobAbort("vda", 0)
         other.unlink()
+        copy_to(other, domain, flags=libvirt.VIR_DOMAIN_BLOCK_COPY_SHALLOW)
+        promoted = promoter(case.state, "promote", *domain.address, "--adopt")
+        assert promoted.code == 4, promoted
+        assert "only the active layer" in promoted.err
+        domain.domain.blockJobAbort("vda", 0)
+        other.unlink()
         case.prove(promoted=False)
+
+
+def copy_to(target: Path, domain: Domain, speed: int = 0, flags: int = 0) -> None:
+    """What ``virsh blockcopy`` does; `speed` is in bytes per second."""
+    copy = f"<disk type='file'><driver type='qcow2'/><source file='{target}'/></disk>"
+    flags |= libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
+    options = {libvirt.VIR_DOMAIN_BLOCK_COPY_BANDWIDTH: speed}
+    domain.domain.blockCopy("vda", copy, options, flags)
+
+
+def test_a_copy_of_somebody_else_is_adopted(case: Case, tmp_path: Path) -> None:
+    other = tmp_path / "other.qcow2"
+    words = ("promote", *case.domain.address, "--adopt", "--json")
+    with case.domain as domain:
+        domain.wait_for_acks(60)
+        copy_to(other, domain, 4 * MIB)
+        promoting = start(case.state, *words)
+        assert promoting.stdout
+        while '"phase": "mirror"' not in promoting.stdout.readline():
+            assert promoting.poll() is None
+        promoting.send_signal(signal.SIGINT)
+        assert ended(promoting).code == 7
+        assert "mirror" not in domain.domain.XMLDesc(0)
+        other.unlink()  # somebody else's file was left to him
+        copy_to(other, domain)
+        promoted = promoter(case.state, *words)
+        assert promoted.code == 0, promoted.out
+        assert promoted.result["disks"][0]["target"] == str(other)
+        case.prove(promoted=True)
 
 
 def test_incremental_backups_go_on(case: Case, tmp_path: Path) -> None:

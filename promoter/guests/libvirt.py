@@ -37,6 +37,7 @@ from promoter.guests.base import (
     GuestView,
     MirrorSpec,
     NoGuest,
+    RunningCopy,
 )
 
 DEFAULT_URI = "qemu:///system"
@@ -213,6 +214,33 @@ class LibvirtGuest:
         tick: Callable[[BlockJob], None],
     ) -> BlockJob | None:
         return await view.wait_for(partial(self.job, job), self._changed, wanted, tick)
+
+    async def copy(self, disk: str) -> RunningCopy | None:
+        mirror = _disks(await self._xml(0))[disk].find("mirror[@job='copy']")
+        if mirror is None:
+            return None
+        whole = await asyncio.to_thread(self._copies_all, disk)
+        return RunningCopy(Path(_source(mirror)), _get(mirror, "format", "type"), whole)
+
+    def _copies_all(self, disk: str) -> bool | None:
+        """libvirt's API does not tell how a copy was started, but what it keeps for itself does."""
+        jobs = f"blockjobs/blockjob[@type='copy']/disk[@dst='{disk}']/.."
+        try:
+            status = ElementTree.parse(f"{self._states}/{self.name}.xml")
+        except OSError:
+            return None
+        flags = [job.get("jobflags") for job in status.iterfind(jobs)]
+        if len(flags) != 1 or flags[0] is None:
+            return None
+        return not int(flags[0], 16) & libvirt.VIR_DOMAIN_BLOCK_COPY_SHALLOW
+
+    @property
+    def _states(self) -> Path:
+        """The directory of what libvirt knows of its running domains."""
+        if self._connection.getURI().endswith("/session"):
+            runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
+            return Path(runtime) / "libvirt/qemu/run"
+        return Path(f"/proc/{self._pid}/root/run/libvirt/qemu")  # QEMU's /run is libvirtd's
 
     async def has_managed_save(self) -> bool:
         return bool(await self._call(self._domain.hasManagedSaveImage))

@@ -13,6 +13,7 @@ from promoter.errors import Refused
 from promoter.guests.base import Domain, Guest, GuestView
 from promoter.guests.bugs import loses_writes_at_start, unmaps_wrongly
 from promoter.operations.preflight import (
+    check_copy,
     check_definition,
     check_device,
     check_directory,
@@ -102,19 +103,23 @@ async def plan_disk(
     guest: Guest, view: GuestView, disk: Disk, choices: Choices, identity: str, index: int
 ) -> DiskIntent:
     """Plan one linked disk. Raises `Refused` with the reason."""
-    check_disk(disk, choices.lose)
+    copy = await guest.copy(disk.name) if choices.adopt and isinstance(guest, Domain) else None
+    if copy:
+        check_copy(disk, copy, view)
+        choices = replace(choices, target=copy.file, format=copy.format, seed=SeedMethod.NONE)
+    check_disk(disk, choices.lose, adopted=copy is not None)
     await asyncio.to_thread(check_files, guest, disk)
     await check_headers(disk)
     if isinstance(guest, Domain):
         check_definition(disk)
-    names = _names(disk, choices, identity)
+    names = _names(disk, choices, identity, adopted=copy is not None)
     geometry = _geometry(disk.chain, choices)
     below = disk.chain.below
     if why := _why_no_seed(disk):
         method = _no_seed(choices, why)
     else:
         method, geometry = await asyncio.to_thread(_method, below, choices, geometry, names.target)
-    full = await _full_size(disk.chain, geometry)
+    full = 0 if copy else await _full_size(disk.chain, geometry)
     return DiskIntent(
         node=f"promoter-{identity}-{index}",
         index=index,
@@ -154,7 +159,7 @@ def _options(disk: Disk, view: GuestView) -> DiskOptions:
     return disk.options
 
 
-def _names(disk: Disk, choices: Choices, identity: str) -> Names:
+def _names(disk: Disk, choices: Choices, identity: str, *, adopted: bool = False) -> Names:
     old = _file(disk.chain.active).resolve()
     elsewhere = choices.target or choices.target_dir
     in_place = not (elsewhere or disk.libvirt)
@@ -174,7 +179,7 @@ def _names(disk: Disk, choices: Choices, identity: str) -> Names:
     assert overlay, f"{old}: checked to be there"
     for directory in {target.parent} if is_device else {old.parent, target.parent}:
         check_directory(directory)
-    if os.path.lexists(target):
+    if os.path.lexists(target) and not adopted:
         same = target.exists() and stamp(target) == stamp(old)
         why = "is the disk itself" if same else "exists"
         raise Refused(f"target {target} {why}", "Choose another --target, or move it away.")

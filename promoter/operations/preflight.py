@@ -16,7 +16,7 @@ from pathlib import Path
 
 from promoter.chain import Disk, Image
 from promoter.errors import Refused, Unreachable
-from promoter.guests.base import Domain, Guest, GuestView
+from promoter.guests.base import Domain, Guest, GuestView, RunningCopy
 from promoter.guests.bugs import (
     aborts_on_raw,
     hangs_below_a_filter,
@@ -82,14 +82,17 @@ def is_local(chain: Iterable[Image]) -> bool:
     return all(image.file for image in chain)
 
 
-def check_disk(disk: Disk, lose: tuple[Loss, ...]) -> None:
+def check_disk(disk: Disk, lose: tuple[Loss, ...], *, adopted: bool = False) -> None:
     active = disk.chain.active
     why = ""
     hint = ""
-    if disk.jobs:
+    if disk.jobs and not adopted:
         why = f"a block job runs on it: {', '.join(disk.jobs)}"
-        hint = "Wait for it or end it. If it is promoter's: promoter job list"
-    elif disk.filters:
+        hint = (
+            "Wait for it or end it. If it is promoter's: promoter job list."
+            " A copy of libvirt's: --adopt"
+        )
+    elif disk.filters and not adopted:
         why = f"a filter lies above its image: {', '.join(disk.filters)}"
         hint = "Remove the filter first; a throttle filter may stay."
     elif disk.read_only:
@@ -115,6 +118,30 @@ def check_disk(disk: Disk, lose: tuple[Loss, ...]) -> None:
         hint = "Run promoter where its files are."
     if why:
         raise Refused(f"{disk.name}: {why}", hint)
+
+
+def check_copy(disk: Disk, copy: RunningCopy, view: GuestView) -> None:
+    """Will the copy that somebody else started be the full clone?"""
+    why = ""
+    if copy.whole is None:
+        why = f"libvirt on this host does not tell what the copy to {copy.file} takes along"
+    elif not copy.whole:
+        why = f"the copy to {copy.file} takes only the active layer along"
+    elif not copy.file.is_file():
+        why = f"the copy goes to {copy.file or 'somewhere'}, which is not a local file"
+    elif images.backing_name(copy.file):
+        why = f"{copy.file} has a backing file"
+    elif copy.format == "raw" and aborts_on_raw(view.version, disk.device):
+        why = f"this QEMU may abort when a disk on {disk.device} is switched to a raw image"
+    elif loses_writes_at_start(view.version):
+        why = "this QEMU can have lost writes when the copy started"
+    elif disk.chain.active.file and disk.chain.active.file.is_block_device():
+        why = f"{disk.chain.active.file} is a block device"
+    if why:
+        raise Refused(
+            f"{disk.name}: cannot adopt: {why}",
+            f"End it (virsh blockjob {disk.name} --abort) and promote without --adopt.",
+        )
 
 
 def check_definition(disk: Disk) -> None:
@@ -189,7 +216,8 @@ def check_raw(view: GuestView, disks: list[Disk]) -> None:
 
 
 def check_throttles(view: GuestView, disks: list[Disk]) -> None:
-    throttled = [disk.name for disk in disks if disk.node != disk.chain.active.node]
+    above = [disk for disk in disks if disk.node != disk.chain.active.node]
+    throttled = [disk.name for disk in above if not disk.jobs]
     if throttled and view.iothreads and hangs_below_a_filter(view.version):
         raise Refused(
             f"{', '.join(throttled)}: under a throttle filter in a guest with iothreads,"

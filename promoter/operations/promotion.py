@@ -45,7 +45,7 @@ class Choices:
     """What the operator asked for; None where promoter is to choose.
 
     ``speed`` is in bytes per second, 0 for no limit; ``cluster_size`` in bytes;
-    ``parallel`` is the most disks to seed at once.
+    ``parallel`` is the most disks to seed at once. ``adopt``: a copy that somebody else started.
     """
 
     disks: tuple[str, ...] = ()
@@ -60,6 +60,7 @@ class Choices:
     parallel: int | None = None
     lose: tuple[Loss, ...] = ()
     copy_mode: CopyMode = CopyMode.WRITE_BLOCKING
+    adopt: bool = False
 
 
 @dataclass(frozen=True)
