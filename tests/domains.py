@@ -65,7 +65,8 @@ class Libvirtd:
         self.directory = directory
         # Not in the directory: a socket's path has at most 107 bytes.
         self._sockets = Path(tempfile.mkdtemp(prefix="libvirt-", dir="/tmp"))
-        self.uri = f"qemu+unix:///system?socket={self._sockets}/libvirt-sock"
+        self.socket = self._sockets / "libvirt-sock"
+        self.uri = f"qemu+unix:///system?socket={self.socket}"
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:

@@ -88,10 +88,8 @@ def check_disk(disk: Disk, lose: tuple[Loss, ...], *, adopted: bool = False) -> 
     hint = ""
     if disk.jobs and not adopted:
         why = f"a block job runs on it: {', '.join(disk.jobs)}"
-        hint = (
-            "Wait for it or end it. If it is promoter's: promoter job list."
-            " A copy of libvirt's: --adopt"
-        )
+        more = " A copy to a whole new disk: --adopt" if disk.libvirt else ""
+        hint = f"Wait for it or end it. If it is promoter's: promoter job list.{more}"
     elif disk.filters and not adopted:
         why = f"a filter lies above its image: {', '.join(disk.filters)}"
         hint = "Remove the filter first; a throttle filter may stay."
