@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import libvirt
+
 from tests import records
 from tests.domains import Domain, Libvirtd
 from tests.vm import MIB, VM, Disk, base, blank, file_system, linked_clone
@@ -31,6 +33,16 @@ ROUNDS = 3
 SWITCHOVERS = 20
 XFS = 24 * GIB
 PEER_BASES = (1 * GIB, 4 * GIB)
+VIRSH = ["virsh", "blockcopy", "--dest", "{target}", "--format", "qcow2"]
+VIRSH += ["--transient-job", "--wait", "--pivot"]
+PEERS = {
+    "virsh blockcopy": VIRSH,
+    "virsh blockcopy --synchronous-writes": [*VIRSH, "--synchronous-writes"],
+    "promoter promote": [
+        *("promoter", "promote", "--target", "{target}"),
+        *("--quiet", "--state-dir", "{state}"),
+    ],
+}
 
 
 @dataclass(frozen=True)
@@ -118,59 +130,60 @@ def compare(directory: Path, cases: Sequence[Case]) -> None:
         print(f"| {name} | {figures} | {median / first:.2f} |")
 
 
-def against_virsh(directory: Path, libvirtd: Libvirtd) -> None:
-    """``virsh blockcopy`` and promoter, each with a domain that was just booted, in turns."""
-    root = linked_clone(base(), directory / "system.qcow2")
-    for size in PEER_BASES:
-        case = Case(f"{size // GIB} GiB", size, round(size / 10 / STEP) * STEP, "auto")
-        below(directory, case)
-        os.sync()
-        taken = defaultdict(list)
-        for number in range(ROUNDS):
-            for tool in ("virsh blockcopy", "promoter promote"):
-                took = domain_seconds(directory, root, case, tool, libvirtd)
-                taken[tool].append(took)
-                print(f"round {number + 1}, {case.name}, {tool}: {took:.2f} s", file=sys.stderr)
-        virsh, ours = (statistics.median(times) for times in taken.values())
-        figures = " | ".join(
-            f"{statistics.median(times):.2f} ({min(times):.2f}, {max(times):.2f})"
-            for times in taken.values()
-        )
-        print(f"| {case.name} | {figures} | {virsh / ours:.1f} |", flush=True)
+def domains(directory: Path) -> None:
+    """``virsh blockcopy`` and promoter in turns, on the data disk of a libvirt domain."""
+    libvirt.registerErrorHandler(lambda *_: None, None)  # it prints what it raises too
+    for kind in ("ext4", "xfs"):
+        with (
+            file_system(kind, directory, XFS) as mounted,
+            Libvirtd(directory) as libvirtd,  # whose mounts are those of its beginning
+            Domain(libvirtd, mounted, [Disk(linked_clone(base(), mounted / "root"))]) as domain,
+        ):
+            domain.wait_for_acks(20)
+            for size in PEER_BASES:
+                against_virsh(mounted, kind, domain, size)
 
 
-def domain_seconds(directory: Path, root: Path, case: Case, tool: str, libvirtd: Libvirtd) -> float:
-    """From the command's start to its end; the domain's data disk is copied."""
+def against_virsh(directory: Path, kind: str, domain: Domain, size: int) -> None:
+    case = Case(f"{kind}, {size // GIB} GiB", size, round(size / 10 / STEP) * STEP, "auto")
+    below(directory, case)
+    os.sync()
+    taken: dict[str, list[float]] = {tool: [] for tool in PEERS}
+    tools = list(PEERS)
+    for number in range(ROUNDS):
+        for tool in tools[number:] + tools[:number]:
+            took = domain_seconds(directory, domain, case, tool)
+            taken[tool].append(took)
+            print(f"round {number + 1}, {case.name}, {tool}: {took:.2f} s", file=sys.stderr)
+    ours = statistics.median(taken["promoter promote"])
+    print(f"| {case.name} | median of {ROUNDS}, s | least | most | times promoter's |")
+    print("|---|---|---|---|---|")
+    for tool, times in taken.items():
+        median = statistics.median(times)
+        figures = f"{median:.2f} | {min(times):.2f} | {max(times):.2f}"
+        print(f"| {tool} | {figures} | {median / ours:.1f} |", flush=True)
+
+
+def domain_seconds(directory: Path, domain: Domain, case: Case, tool: str) -> float:
+    """From the command's start to its end, for a linked clone that was just plugged in."""
     data = filled(linked_clone(below(directory, case), directory / "data.qcow2"), case.delta, 2)
     target = directory / "target.qcow2"
-    copy = ["--dest", target, "--format", "qcow2", "--transient-job", "--wait", "--pivot"]
-    commands: dict[str, list[object]] = {
-        "virsh blockcopy": ["virsh", "-c", libvirtd.uri, "blockcopy", "web01", "vdb", *copy],
-        "promoter promote": [
-            *("promoter", "promote", "web01", "vdb", "-c", libvirtd.uri, "--target", target),
-            *("--quiet", "--state-dir", directory / "state"),
-        ],
-    }
-    with Domain(libvirtd, directory, [Disk(root), Disk(data)]) as domain:
-        domain.wait_for_acks(20)
-        began = time.monotonic()
-        subprocess.run(list(map(str, commands[tool])), check=True, stdout=subprocess.DEVNULL)
-        took = time.monotonic() - began
-        domain.wait_for_acks(20)
+    words = [word.format(target=target, state=directory / "state") for word in PEERS[tool]]
+    target_name = domain.plug(Disk(data))
+    os.sync()  # or it waits for what was written here
+    began = time.monotonic()
+    subprocess.run(
+        [*words[:2], domain.name, target_name, *words[2:]],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "LIBVIRT_DEFAULT_URI": domain.libvirtd.uri},
+    )
+    took = time.monotonic() - began
+    assert domain.files()[1:] == domain.next_boot()[1:] == [str(target)]
+    domain.unplug(target_name)
     for left in (*directory.glob("data.qcow2*"), target):
         left.unlink()
     return took
-
-
-def peer(directory: Path) -> None:
-    with Libvirtd(directory) as libvirtd:
-        for kind in ("ext4", "xfs"):
-            with file_system(kind, directory, XFS) as mounted:
-                print(
-                    f"{kind}\n\n| base | virsh blockcopy, s | promoter promote, s | times faster |"
-                )
-                print("|---|---|---|---|", flush=True)
-                against_virsh(mounted, libvirtd)
 
 
 def pauses(directory: Path) -> None:
@@ -208,7 +221,7 @@ TABLES = {
     "growth": lambda directory: on_xfs(directory, GROWTH),
     "chains": lambda directory: on_xfs(directory, CHAINS),
     "pauses": pauses,
-    "virsh": peer,
+    "domains": domains,
 }
 
 

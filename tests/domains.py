@@ -4,6 +4,7 @@ Without systemd, as root, in a mount namespace where libvirt's directories are e
 own: a libvirtd of this machine and its domains are neither seen nor touched.
 """
 
+import json
 import shutil
 import subprocess
 import tempfile
@@ -17,7 +18,17 @@ from xml.etree.ElementTree import Element
 
 import libvirt
 
-from tests.vm import BOOT_TIMEOUT_S, Bus, Disk, accelerator, ack_count, images, wait_for
+from tests.vm import (
+    BOOT_TIMEOUT_S,
+    ROOTS,
+    Bus,
+    Disk,
+    accelerator,
+    ack_count,
+    images,
+    qemu_img,
+    wait_for,
+)
 
 ENTER = """
 set -e
@@ -43,6 +54,7 @@ namespaces = []
 cgroup_controllers = []
 stdio_handler = "file"
 """
+BOTH = libvirt.VIR_DOMAIN_AFFECT_LIVE | libvirt.VIR_DOMAIN_AFFECT_CONFIG
 BUSES = {Bus.VIRTIO: ("virtio", "vd"), Bus.SCSI: ("scsi", "sd"), Bus.SATA: ("sata", "sd")}
 
 
@@ -53,7 +65,8 @@ class Libvirtd:
         self.directory = directory
         # Not in the directory: a socket's path has at most 107 bytes.
         self._sockets = Path(tempfile.mkdtemp(prefix="libvirt-", dir="/tmp"))
-        self.uri = f"qemu+unix:///system?socket={self._sockets}/libvirt-sock"
+        self.socket = self._sockets / "libvirt-sock"
+        self.uri = f"qemu+unix:///system?socket={self.socket}"
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:
@@ -116,6 +129,10 @@ class Libvirtd:
             return False
         return True
 
+    def log(self) -> str:
+        """The last lines that the daemon wrote."""
+        return "\n".join((self.directory / "libvirtd.log").read_text().splitlines()[-20:])
+
     def connect(self) -> libvirt.virConnect:
         """A connection that is the tests' own."""
         return libvirt.open(self.uri)
@@ -131,9 +148,15 @@ class Domain:
         disks: Sequence[Disk],
         name: str = "web01",
         emulator: Path | None = None,
+        pool: str = "",
+        spelled_out: bool = False,
     ) -> None:
+        """In the definition the disks are volumes of the `pool`, or all of their chain is
+        `spelled_out`.
+        """
         self._emulator = f"<emulator>{emulator}</emulator>" if emulator else ""
         self.libvirtd, self.disks = libvirtd, tuple(disks)
+        self._pool, self._spelled_out = pool, spelled_out
         self.name, self.uuid = name, uuid.uuid4()
         self.console, self.log = directory / "console.log", directory / "acks.log"
 
@@ -202,7 +225,24 @@ class Domain:
 
     def define(self) -> None:
         """Gives libvirt the domain's definition, once more if need be."""
-        self._connection.defineXML(self.xml())
+        try:
+            self._connection.defineXML(self.xml())
+        except libvirt.libvirtError as error:
+            error.add_note(self.libvirtd.log())  # it may know a cause that libvirt does not tell
+            raise
+
+    def plug(self, disk: Disk) -> str:
+        """Gives the running domain one more disk; its target."""
+        self.domain.attachDeviceFlags(_disk(disk, len(self.files())), BOTH)
+        targets = ElementTree.fromstring(self.domain.XMLDesc(0)).findall("devices/disk/target")
+        return targets[-1].get("dev", "")
+
+    def unplug(self, target: str) -> None:
+        """Takes a disk away and waits until the guest has let it go."""
+        left = len(self.files()) - 1
+        disk = f"<disk type='file' device='disk'><target dev='{target}'/></disk>"
+        self.domain.detachDeviceFlags(disk, BOTH)
+        wait_for(lambda: len(self.files()) == left, f"the guest to let {target} go", 60)
 
     @property
     def domain(self) -> libvirt.virDomain:
@@ -223,21 +263,29 @@ class Domain:
     def xml(self) -> str:
         """The domain's definition; its first disk boots."""
         boot = images()
-        disks = "".join(_disk(disk, index) for index, disk in enumerate(self.disks))
-        line = "console=ttyS0 quiet panic=-1 no_timer_check root=/dev/vda1 writer.rate=0"
+        disks = "".join(
+            _disk(disk, index, self._pool, spelled_out=self._spelled_out)
+            for index, disk in enumerate(self.disks)
+        )
+        scsi = any(disk.bus is Bus.SCSI for disk in self.disks)
+        iothreads = int(any(disk.iothread for disk in self.disks))
+        runs_in = "<driver iothread='1'/>" if iothreads else ""
+        host = f"<controller type='scsi' model='virtio-scsi'>{runs_in}</controller>" * scsi
+        line = f"console=ttyS0 quiet panic=-1 no_timer_check root={ROOTS[self.disks[0].bus]}"
         kind = "qemu" if accelerator() == "tcg" else "kvm"
         return f"""
 <domain type="{kind}">
   <name>{self.name}</name><uuid>{self.uuid}</uuid>
-  <memory unit="MiB">256</memory>
+  <memory unit="MiB">256</memory><iothreads>{iothreads}</iothreads>
   <os>
     <type arch="x86_64">hvm</type>
-    <kernel>{boot}/vmlinux</kernel><initrd>{boot}/initrd</initrd><cmdline>{line}</cmdline>
+    <kernel>{boot}/vmlinux</kernel><initrd>{boot}/initrd</initrd>
+    <cmdline>{line} writer.rate=0</cmdline>
   </os>
   <features><acpi/></features>
   <devices>
     {self._emulator}
-    {disks}
+    {host}{disks}
     <serial type="file"><source path="{self.console}" append="on"/><target port="0"/></serial>
     <serial type="file"><source path="{self.log}" append="on"/><target port="1"/></serial>
     <memballoon model="none"/>
@@ -245,11 +293,26 @@ class Domain:
 </domain>"""
 
 
-def _disk(disk: Disk, index: int) -> str:
+def _disk(disk: Disk, index: int, pool: str = "", *, spelled_out: bool = False) -> str:
     bus, prefix = BUSES[disk.bus]
+    kind, source = "file", f"<source file='{disk.path}'/>"
+    if pool:
+        kind, source = "volume", f"<source pool='{pool}' volume='{disk.path.name}'/>"
+    elif disk.path.is_block_device():
+        kind, source = "block", f"<source dev='{disk.path}'/>"
+    runs_in = "iothread='1'" if disk.iothread and disk.bus is Bus.VIRTIO else ""
     return f"""
-    <disk type="file" device="disk">
-      <driver name="qemu" type="{disk.fmt}"/>
-      <source file="{disk.path}"/>
+    <disk type="{kind}" device="disk">
+      <driver name="qemu" type="{disk.fmt}" {runs_in}/>
+      {source}{_below(disk.path) if spelled_out else ""}
       <target dev="{prefix}{chr(ord("a") + index)}" bus="{bus}"/>
     </disk>"""
+
+
+def _below(path: Path) -> str:
+    """The chain under an image, spelled out."""
+    found = json.loads(qemu_img("info", "-U", "--output=json", path))
+    if not (name := found.get("full-backing-filename")):
+        return "<backingStore/>"
+    kind = f"<format type='{found['backing-filename-format']}'/><source file='{name}'/>"
+    return f"<backingStore type='file'>{kind}{_below(Path(name))}</backingStore>"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from promoter.operations.promotion import Do
 from tests import records
 from tests.cli import Ran, ended, promoter, start
 from tests.conftest import Make
-from tests.vm import Disk, base, blank, chain, linked_clone, qemu_img
+from tests.vm import Disk, base, blank, chain, linked_clone, qemu_img, wait_for
 
 SLOW = "2M"  # a seed at this speed takes about 20 s: time for others to interfere
 LEAKS = 3  # qemu-img check: clusters that nobody uses, which a killed QEMU may leave
@@ -119,6 +120,38 @@ def test_however_it_is_asked_for(case: Case, options: tuple[str, ...], tmp_path:
         guest.shutdown()
     records.check(target, "raw" if "raw" in options else "qcow2", guest.log).raise_if_bad()
     assert not case.disks[0].exists()
+
+
+def test_a_base_that_only_qemu_can_read_comes_by_the_mirror(
+    make: Make, tmp_path: Path, sockets: Path
+) -> None:
+    socket = sockets / "nbd"
+    serve = ["qemu-nbd", "--read-only", "--persistent", "--shared=9", "-f", "qcow2"]
+    command = ["setpriv", "--pdeathsig", "KILL", *serve, "-k", str(socket), str(base())]
+    with subprocess.Popen(command) as server:
+        try:
+            wait_for(socket.exists, "qemu-nbd", 10)
+            name = f"nbd+unix:///?socket={socket}"
+            clone = linked_clone(name, tmp_path / "clone.qcow2", backing_fmt="raw")
+            case = Case(make, tmp_path, [clone])
+            with case.guest as guest:
+                guest.wait_for_acks(60)
+                copied = case.promote("--seed", "convert")
+                assert copied.code == 4, copied.out
+                assert "is not a local file" in copied.result["message"]
+                promoted = case.promote()
+                assert promoted.code == 0, promoted.out
+                assert promoted.result["disks"][0]["seed"] == "none"
+                case.prove(promoted.result)
+        finally:
+            server.kill()
+
+
+@pytest.fixture
+def sockets() -> Iterator[Path]:
+    """A directory whose name is short enough for a socket's."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        yield Path(directory)
 
 
 def test_all_disks_are_promoted_and_full_ones_left_alone(make: Make, tmp_path: Path) -> None:

@@ -1,10 +1,14 @@
 """Real libvirt domains: what promoter sees of them, and what it says when it cannot."""
 
+import contextlib
 import json
+import os
 import signal
+import stat
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,17 @@ from promoter.guests.bugs import loses_writes_at_start
 from tests import records
 from tests.cli import Ran, ended, promoter, start
 from tests.domains import Domain, Libvirtd
-from tests.vm import Disk, base, blank, linked_clone, newer_qemu, why_no_newer_qemu
+from tests.vm import (
+    MIB,
+    Bus,
+    Disk,
+    base,
+    blank,
+    linked_clone,
+    newer_qemu,
+    qemu_img,
+    why_no_newer_qemu,
+)
 
 
 def chains(domain: Domain) -> list[dict[str, Any]]:
@@ -137,10 +151,13 @@ TYPICAL = [
 class Case:
     """A domain on a linked clone, and a promotion of it."""
 
-    def __init__(self, libvirtd: Libvirtd, directory: Path) -> None:
+    def __init__(
+        self, libvirtd: Libvirtd, directory: Path, disk: Disk | None = None, **options: Any
+    ) -> None:
         self.libvirtd, self.directory = libvirtd, directory
-        self.clone = linked_clone(base(), directory / "clone.qcow2")
-        self.domain = Domain(libvirtd, directory, [Disk(self.clone)])
+        disk = disk or Disk(linked_clone(base(), directory / "clone.qcow2"))
+        self.clone = disk.path
+        self.domain = Domain(libvirtd, directory, [disk], **options)
         self.state = directory / "state"
 
     def strike(self, point: str, whom: str, *words: str) -> subprocess.Popen[str]:
@@ -240,6 +257,38 @@ def test_no_death_in_the_switchover_leaves_a_domain_suspended(
         case.prove(promoted=promoted)
 
 
+RELAY = """#!{python}
+import os, socket, threading
+
+libvirtd = socket.socket(socket.AF_UNIX)
+libvirtd.connect("{socket}")
+
+def answer():
+    while data := libvirtd.recv(1 << 16):
+        os.write(1, data)
+
+threading.Thread(target=answer, daemon=True).start()
+while data := os.read(0, 1 << 16):
+    libvirtd.sendall(data)
+"""
+
+
+def test_a_domain_of_another_host_is_shown_and_not_promoted(case: Case, tmp_path: Path) -> None:
+    relay = tmp_path / "relay"
+    relay.write_text(RELAY.format(python=sys.executable, socket=case.libvirtd.socket))
+    relay.chmod(0o755)
+    elsewhere = f"qemu+ext://elsewhere/system?command={relay}"
+    with case.domain as domain:
+        domain.wait_for_acks(20)
+        shown = promoter(case.state, "chain", "web01", "-c", elsewhere, "--json")
+        assert files(shown.result["disks"][0]) == [str(case.clone), str(base())]
+        promoted = promoter(case.state, "promote", "web01", "-c", elsewhere)
+        assert promoted.code == 4, promoted
+        assert "does not run on this host" in promoted.err
+        assert "Run promoter on the guest's host" in promoted.err
+        assert domain.files() == domain.next_boot() == [str(case.clone)]
+
+
 def test_what_libvirt_would_get_wrong_is_refused(case: Case, tmp_path: Path) -> None:
     with case.domain as domain:
         domain.wait_for_acks(20)
@@ -281,20 +330,133 @@ def test_a_transient_domain_is_promoted_and_stays_transient(case: Case) -> None:
     records.check(Path(new), "qcow2", domain.log).raise_if_bad()
 
 
+def test_a_volume_of_a_pool_in_an_iothread(libvirtd: Libvirtd, tmp_path: Path) -> None:
+    disk = Disk(linked_clone(base(), tmp_path / "clone.qcow2"), iothread=True)
+    with pool(libvirtd, tmp_path) as name:
+        case = Case(libvirtd, tmp_path, disk, pool=name)
+        with case.domain as domain:
+            domain.wait_for_acks(60)
+            before = chains(domain)[0]
+            believed = {"chain": files(before), "next_boot": str(disk.path), "mirror": None}
+            assert before["libvirt"] == believed
+            promote(case)
+            case.prove(promoted=True)
+
+
+@contextlib.contextmanager
+def pool(libvirtd: Libvirtd, directory: Path) -> Iterator[str]:
+    """A pool whose volumes are the files of a directory."""
+    xml = f"<pool type='dir'><name>pool</name><target><path>{directory}</path></target></pool>"
+    with libvirtd.connect() as connection:
+        made = connection.storagePoolCreateXML(xml)
+        yield made.name()
+        made.destroy()
+
+
+def test_a_spelled_out_chain_on_virtio_scsi(libvirtd: Libvirtd, tmp_path: Path) -> None:
+    disk = Disk(linked_clone(base(), tmp_path / "clone.qcow2"), bus=Bus.SCSI)
+    disk.path.chmod(0o640)
+    label = b"system_u:object_r:svirt_image_t:s0:c1,c2\0"
+    os.setxattr(disk.path, "security.selinux", label)
+    case = Case(libvirtd, tmp_path, disk, spelled_out=True)
+    with case.domain as domain:
+        domain.wait_for_acks(60)
+        target = Path(promote(case)["target"])
+        assert stat.S_IMODE(target.stat().st_mode) == 0o640
+        assert os.getxattr(target, "security.selinux") == label
+        case.prove(promoted=True)
+
+
+def test_a_block_device_on_sata_is_left_as_it_was(libvirtd: Libvirtd, tmp_path: Path) -> None:
+    with device(tmp_path / "device.qcow2") as path:
+        case = Case(libvirtd, tmp_path, Disk(path, bus=Bus.SATA))
+        with case.domain as domain:
+            domain.wait_for_acks(60)
+            nowhere = promoter(case.state, "promote", *domain.address)
+            assert nowhere.code == 4, nowhere
+            assert "Give a --target" in nowhere.err
+            words = ["promote", *domain.address, "--target", tmp_path / "target.qcow2", "--json"]
+            promoting = start(case.state, *words, "--seed", "none", "--speed", "20M")
+            assert promoting.stdout
+            while '"phase": "mirror"' not in promoting.stdout.readline():
+                assert promoting.poll() is None
+            promoting.send_signal(signal.SIGINT)
+            assert ended(promoting).code == 7
+            assert (domain.files(), (tmp_path / "target.qcow2").exists()) == ([""], False)
+            promoted = promoter(case.state, *words)
+            assert promoted.code == 0, promoted.out
+            case.prove(promoted=True)
+        assert "backing file" in qemu_img("info", path)
+
+
+@contextlib.contextmanager
+def device(file: Path) -> Iterator[Path]:
+    """A loop device that holds a linked clone."""
+    with file.open("wb") as image:
+        image.truncate(512 * MIB)
+    command = ["losetup", "--find", "--show", str(file)]
+    path = Path(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout[:-1])
+    try:
+        yield linked_clone(base(), path)
+    finally:
+        subprocess.run(["losetup", "--detach", path], check=True)
+
+
+def promote(case: Case, *words: object) -> dict[str, Any]:
+    """The disk's part of promoter's result."""
+    promoted = promoter(case.state, "promote", *case.domain.address, *words, "--json")
+    assert promoted.code == 0, promoted.out
+    (disk,) = promoted.result["disks"]
+    return dict(disk)
+
+
 def test_a_job_of_somebody_else_is_left_alone(case: Case, tmp_path: Path) -> None:
     other = tmp_path / "other.qcow2"
     with case.domain as domain:
         domain.wait_for_acks(60)
-        copy = f"<disk type='file'><driver type='qcow2'/><source file='{other}'/></disk>"
-        flags = libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
-        domain.domain.blockCopy("vda", copy, {}, flags)
+        copy_to(other, domain)
         promoted = promoter(case.state, "promote", *domain.address)
         assert promoted.code == 4, promoted
         assert "a block job runs on it" in promoted.err
         assert "mirror" in domain.domain.XMLDesc(0)
         domain.domain.blockJobAbort("vda", 0)
         other.unlink()
+        copy_to(other, domain, flags=libvirt.VIR_DOMAIN_BLOCK_COPY_SHALLOW)
+        promoted = promoter(case.state, "promote", *domain.address, "--adopt")
+        assert promoted.code == 4, promoted
+        assert "only the active layer" in promoted.err
+        domain.domain.blockJobAbort("vda", 0)
+        other.unlink()
         case.prove(promoted=False)
+
+
+def copy_to(target: Path, domain: Domain, speed: int = 0, flags: int = 0) -> None:
+    """What ``virsh blockcopy`` does; `speed` is in bytes per second."""
+    copy = f"<disk type='file'><driver type='qcow2'/><source file='{target}'/></disk>"
+    flags |= libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
+    options = {libvirt.VIR_DOMAIN_BLOCK_COPY_BANDWIDTH: speed}
+    domain.domain.blockCopy("vda", copy, options, flags)
+
+
+def test_a_copy_of_somebody_else_is_adopted(case: Case, tmp_path: Path) -> None:
+    other = tmp_path / "other.qcow2"
+    words = ("promote", *case.domain.address, "--adopt", "--json")
+    with case.domain as domain:
+        domain.wait_for_acks(60)
+        copy_to(other, domain, 4 * MIB)
+        promoting = start(case.state, *words)
+        assert promoting.stdout
+        while '"phase": "mirror"' not in promoting.stdout.readline():
+            assert promoting.poll() is None
+        promoting.send_signal(signal.SIGINT)
+        assert ended(promoting).code == 7
+        assert "mirror" not in domain.domain.XMLDesc(0)
+        other.unlink()  # somebody else's file was left to him
+        copy_to(other, domain)
+        promoted = promoter(case.state, *words)
+        assert promoted.code == 0, promoted.out
+        assert promoted.result["disks"][0]["target"] == str(other)
+        case.prove(promoted=True)
 
 
 def test_incremental_backups_go_on(case: Case, tmp_path: Path) -> None:
@@ -309,6 +471,8 @@ def test_incremental_backups_go_on(case: Case, tmp_path: Path) -> None:
         domain.wait_for_acks(20)
         domain.pause()
         before = dirty_bytes(domain, "monday")
+        raw = promoter(case.state, "promote", *domain.address, "--format", "raw", "--dry-run")
+        assert "monday) stay behind" in " ".join(raw.err.split()) + raw.out, raw
         promoted = promoter(case.state, "promote", *domain.address, "--json")
         assert promoted.code == 0, promoted.out
         assert promoted.result["disks"][0]["seed"] == "none"
@@ -344,10 +508,7 @@ def test_a_domain_whose_qemu_can_lose_writes_at_a_start_is_suspended_for_it(
 ) -> None:
     if (newer := newer_qemu()) is None:
         pytest.skip(f"no newer QEMU: {why_no_newer_qemu()}")
-    case = Case(libvirtd, tmp_path)
-    case.domain = Domain(
-        libvirtd, tmp_path, [Disk(case.clone)], emulator=newer / "qemu-system-x86_64"
-    )
+    case = Case(libvirtd, tmp_path, emulator=newer / "qemu-system-x86_64")
     with case.domain as domain:
         domain.wait_for_acks(60)
         promoted = promoter(case.state, "promote", *domain.address, "--json")

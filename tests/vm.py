@@ -133,7 +133,9 @@ def blank(path: Path, size: int, fmt: str = "qcow2") -> Path:
     return path
 
 
-def linked_clone(backing: Path, path: Path, *, backing_fmt: str = "qcow2", **options: str) -> Path:
+def linked_clone(
+    backing: Path | str, path: Path, *, backing_fmt: str = "qcow2", **options: str
+) -> Path:
     """An overlay on `backing`; `options` are qcow2's, e.g. cluster_size="4k"."""
     create = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
     qemu_img("create", "-q", "-f", "qcow2", "-b", backing, "-F", backing_fmt, *create, path)

@@ -212,6 +212,9 @@ def promote(
     lose: Annotated[
         list[Loss] | None, typer.Option(help="What the new disk may be without; repeatable.")
     ] = None,
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="Finish a copy of a domain's disk that runs already.")
+    ] = False,
     old: OldFiles = Old.ASIDE,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -226,6 +229,8 @@ def promote(
     """
     if target and target_dir:
         raise typer.BadParameter("--target and --target-dir exclude each other")
+    if adopt and (target or target_dir or seed is not Seed.AUTO):
+        raise typer.BadParameter("--adopt takes the copy as it is: no --target, no --seed")
     _check_layout(image_format, cluster_size, extended_l2, preallocation)
     choices = Choices(
         disks=tuple(disks or ()),
@@ -241,6 +246,7 @@ def promote(
         parallel=parallel,
         lose=tuple(lose or ()),
         old=old,
+        adopt=adopt,
     )
     output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
     work = run.perform(plan.plan, guest, connect, choices, state, output, dry_run=dry_run)

@@ -236,6 +236,9 @@ class Domain(Guest, Protocol):
     @property
     def uuid(self) -> str: ...
 
+    async def copy(self, disk: str) -> RunningCopy | None:
+        """The copy of a disk (``virDomainBlockCopy``) that runs, whoever started it."""
+
     async def has_managed_save(self) -> bool:
         """Is there an image of its memory that its next start goes on from?"""
 
@@ -252,6 +255,17 @@ class Domain(Guest, Protocol):
     @property
     def definitions(self) -> Path | None:
         """The directory of the definitions, None when it is not on this host."""
+
+
+@dataclass(frozen=True)
+class RunningCopy:
+    """What a disk is being copied to. ``whole``: with all that lies below the active layer; None
+    where that cannot be known.
+    """
+
+    file: Path
+    format: str
+    whole: bool | None
 
 
 @dataclass(frozen=True)

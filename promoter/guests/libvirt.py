@@ -38,6 +38,7 @@ from promoter.guests.base import (
     GuestView,
     MirrorSpec,
     NoGuest,
+    RunningCopy,
     SnapshotSpec,
     Start,
 )
@@ -149,13 +150,14 @@ class LibvirtGuest:
         """
         defined = None
         if await self._call(self._domain.isPersistent):
-            defined = {name: _source(e) for name, e in _disks(await self._xml(DEFINITION)).items()}
+            persistent = _disks(await self._resolved(DEFINITION))
+            defined = {name: _source(element) for name, element in persistent.items()}
         if not await self._call(self._domain.isActive):
             nothing = (frozenset[str](), dict[str, BlockJob](), frozenset[str]())
             return GuestView((0, 0, 0), SHUTOFF, False, (), *nothing, defined)
         await view.check_version(self._query, self.name)
         seen = await view.take(self._query, self.name, self._pid)
-        live = _disks(await self._xml(0))
+        live = _disks(await self._resolved(0))
         jobs = {name: job for name in live if (job := await self.job(name))}
         disks = tuple(_named(disk, live, defined or {}) for disk in seen.disks)
         return replace(seen, disks=disks, jobs=jobs, defined=defined)
@@ -285,6 +287,33 @@ class LibvirtGuest:
         live = libvirt.VIR_DOMAIN_AFFECT_LIVE
         await self._call(self._domain.setBlockIoTune, disk.name, slowed, live)
 
+    async def copy(self, disk: str) -> RunningCopy | None:
+        mirror = _disks(await self._xml(0))[disk].find("mirror[@job='copy']")
+        if mirror is None:
+            return None
+        whole = await asyncio.to_thread(self._copies_all, disk)
+        return RunningCopy(Path(_source(mirror)), _get(mirror, "format", "type"), whole)
+
+    def _copies_all(self, disk: str) -> bool | None:
+        """libvirt's API does not tell how a copy was started, but what it keeps for itself does."""
+        jobs = f"blockjobs/blockjob[@type='copy']/disk[@dst='{disk}']/.."
+        try:
+            status = ElementTree.parse(f"{self._states}/{self.name}.xml")
+        except OSError:
+            return None
+        flags = [job.get("jobflags") for job in status.iterfind(jobs)]
+        if len(flags) != 1 or flags[0] is None:
+            return None
+        return not int(flags[0], 16) & libvirt.VIR_DOMAIN_BLOCK_COPY_SHALLOW
+
+    @property
+    def _states(self) -> Path:
+        """The directory of what libvirt knows of its running domains."""
+        if self._connection.getURI().endswith("/session"):
+            runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
+            return Path(runtime) / "libvirt/qemu/run"
+        return Path(f"/proc/{self._pid}/root/run/libvirt/qemu")  # QEMU's /run is libvirtd's
+
     async def has_managed_save(self) -> bool:
         return bool(await self._call(self._domain.hasManagedSaveImage))
 
@@ -319,6 +348,19 @@ class LibvirtGuest:
 
     async def _xml(self, flags: int) -> Element:
         return ElementTree.fromstring(await self._call(self._domain.XMLDesc, flags))
+
+    async def _resolved(self, flags: int) -> Element:
+        """The XML with the files of its pool volumes, which it does not name."""
+        xml = await self._xml(flags)
+        for source in xml.iterfind("devices/disk/source[@pool]"):
+            path = await self._call(self._volume, source.get("pool"), source.get("volume"))
+            source.set("file", path)
+        return xml
+
+    def _volume(self, pool: str, volume: str) -> str:
+        return str(
+            self._connection.storagePoolLookupByName(pool).storageVolLookupByName(volume).path()
+        )
 
     async def _query(self, command: str, **arguments: object) -> Any:
         named = {key.replace("_", "-"): value for key, value in arguments.items()}

@@ -31,6 +31,7 @@ from promoter.operations.preflight import (
     check_chain,
     check_idle,
     check_in_place,
+    check_local,
     check_names,
     check_pause,
     check_start,
@@ -66,6 +67,7 @@ async def _plan_disk(
     if len(disk.chain) == 1:
         return None
     check_idle(disk)
+    check_local(disk)
     await check_chain(guest, disk)
     assert guest.pid, "its files were checked to be here"
     siblings = await asyncio.to_thread(find_siblings, view.disks, guest.pid, choices.scan)

@@ -23,7 +23,7 @@ def observe(intent: DiskIntent, view: GuestView | None) -> DiskSeen:
         named=named,
         target=_target(intent),
         attached=bool({intent.mark, f"{intent.mark}-file"} & nodes),
-        prepared=intent.way is not Way.COMMIT_BELOW and intent.names.is_prepared(),
+        prepared=intent.way is not Way.COMMIT_BELOW and _is_prepared(intent),
         unchanged=disk is not None and same_files(intent, disk),
     )
 
@@ -55,8 +55,15 @@ def _defined(intent: DiskIntent, view: GuestView | None, disk: Disk | None) -> N
     if view and view.defined and (file := view.defined.get(intent.name)):
         return files.get(file, Named.UNKNOWN)
     if disk is None:
-        return Named.UNKNOWN if intent.names.is_prepared() else Named.OLD
+        return Named.UNKNOWN if _is_prepared(intent) else Named.OLD
     return Named.NEW if _active(intent, disk, Named.UNKNOWN) is Active.NEW else Named.OLD
+
+
+def _is_prepared(intent: DiskIntent) -> bool:
+    """Could the names change now? Where none has to, the new disk is all that is needed."""
+    if intent.names.stays:
+        return _target(intent) is not Target.ABSENT
+    return intent.names.is_prepared()
 
 
 def _is_ours(intent: DiskIntent, disk: Disk | None) -> bool:

@@ -15,6 +15,8 @@ from promoter.guests.bugs import loses_writes_at_start, unmaps_wrongly
 from promoter.operations.preflight import (
     check_chain,
     check_clone,
+    check_copy,
+    check_device,
     check_directory,
     check_domain,
     check_guest,
@@ -26,6 +28,7 @@ from promoter.operations.preflight import (
     check_targets,
     check_throttles,
     is_encrypted,
+    is_local,
     select_disks,
 )
 from promoter.operations.promotion import Choices, DiskIntent, DomainAddress, Kind, Promotion, Way
@@ -118,17 +121,20 @@ async def plan_disk(
     """Plan one disk, None for a full clone. Raises `Refused` with the reason."""
     if len(disk.chain) == 1:
         return None
-    check_clone(disk, choices.lose)
+    copy = await guest.copy(disk.name) if choices.adopt and isinstance(guest, Domain) else None
+    if copy:
+        check_copy(disk, copy, view)
+        choices = replace(choices, target=copy.file, format=copy.format, seed=SeedMethod.NONE)
+    check_clone(disk, choices.lose, adopted=copy is not None)
     await check_chain(guest, disk)
-    names = choose_names(disk, choices, identity)
+    names = choose_names(disk, choices, identity, adopted=copy is not None)
     geometry = choose_layout(disk.chain, choices)
     below = disk.chain.below
-    bitmaps = names.defined and any(image.bitmaps for image in below)
-    if is_encrypted(below) or bitmaps:
-        method = _no_seed(choices, bitmaps=bitmaps)
+    if why := _why_no_seed(disk):
+        method = _no_seed(choices, why)
     else:
         method, geometry = await asyncio.to_thread(_method, below, choices, geometry, names.target)
-    full = await full_size(disk.chain, geometry)
+    full = 0 if copy else await full_size(disk.chain, geometry)
     return DiskIntent(
         mark=f"promoter-{identity}-{index}",
         index=index,
@@ -149,7 +155,7 @@ async def full_size(chain: BackingChain, geometry: Geometry) -> int:
     """The most bytes that the new disk can take at first."""
     whole = chain.active.virtual_size
     allocated = geometry.preallocation in (Preallocation.FALLOC, Preallocation.FULL)
-    if is_encrypted(chain):  # only QEMU has the key
+    if is_encrypted(chain) or not is_local(chain):  # only QEMU can read it
         return whole
     measured = await images.measure(chain.images, geometry.format, geometry.options)
     return max(measured, whole) if allocated else measured
@@ -168,10 +174,13 @@ def options_for(disk: Disk, view: GuestView) -> DiskOptions:
     return disk.options
 
 
-def choose_names(disk: Disk, choices: Choices, identity: str) -> Names:
+def choose_names(disk: Disk, choices: Choices, identity: str, *, adopted: bool = False) -> Names:
     old = boot_name(file_of(disk.chain.active).resolve())
     elsewhere = choices.target or choices.target_dir
     in_place = not (elsewhere or disk.libvirt)
+    is_device = old.is_block_device()
+    if is_device:
+        check_device(disk, bool(elsewhere))
     if choices.target:
         target = choices.target.absolute()
     elif choices.target_dir:
@@ -183,9 +192,9 @@ def choose_names(disk: Disk, choices: Choices, identity: str) -> Names:
         target = old.with_name(f"{old.name}.new-{identity}")
     overlay = file_id(old)
     assert overlay, f"{old}: checked to be there"
-    for directory in {old.parent, target.parent}:
+    for directory in {target.parent} if is_device else {old.parent, target.parent}:
         check_directory(directory)
-    if os.path.lexists(target):
+    if os.path.lexists(target) and not adopted:
         same = target.exists() and stamp(target) == stamp(old)
         why = "is the disk itself" if same else "exists"
         raise Refused(f"target {target} {why}", "Choose another --target, or move it away.")
@@ -193,10 +202,11 @@ def choose_names(disk: Disk, choices: Choices, identity: str) -> Names:
         old=overlay,
         path=old,
         target=target,
-        aside=old.with_name(f"{old.name}.aside-{identity}"),
+        aside=old if is_device else old.with_name(f"{old.name}.aside-{identity}"),
         prepared=old.with_name(f"{old.name}.next-{identity}"),
         in_place=in_place,
         defined=disk.libvirt is not None,
+        stays=is_device,
     )
     check_names(names, target.with_name(f"{target.name}.part-{identity}.delta"))
     return names
@@ -211,13 +221,20 @@ def choose_layout(chain: BackingChain, choices: Choices) -> Geometry:
     return Geometry(choices.format, cluster, extended, choices.preallocation)
 
 
-def _no_seed(choices: Choices, *, bitmaps: bool) -> SeedMethod:
+def _why_no_seed(disk: Disk) -> str:
+    """Why everything must be copied by the mirror, if it must."""
+    below = disk.chain.below
+    if not is_local(below):
+        return "only the guest's QEMU can read a layer below that is not a local file"
+    if is_encrypted(below):
+        return "only the guest's QEMU has the key of an encrypted layer below"
+    if disk.libvirt and any(image.bitmaps for image in below):
+        return "libvirt keeps dirty bitmaps of layers below only when it copies those too"
+    return ""
+
+
+def _no_seed(choices: Choices, why: str) -> SeedMethod:
     if choices.seed not in (None, SeedMethod.NONE):
-        why = (
-            "libvirt keeps dirty bitmaps of layers below only when it copies those too"
-            if bitmaps
-            else "only the guest's QEMU has the key of an encrypted layer below"
-        )
         raise Refused(why, "Use --seed none.")
     return SeedMethod.NONE
 
@@ -289,7 +306,7 @@ def _warnings(intent: DiskIntent) -> list[str]:
         known = f"{intent.name}: dirty bitmaps ({', '.join(sorted(bitmaps))})"
         warnings.append(
             f"{known} go to the new disk: incremental backups go on"
-            if intent.names.defined
+            if intent.names.defined and intent.geometry.format == "qcow2"
             else f"{known} stay behind: the next incremental backup must be a full one"
         )
     if is_encrypted(intent.chain):

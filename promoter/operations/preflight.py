@@ -17,7 +17,7 @@ from pathlib import Path
 
 from promoter.chain import Disk, Image
 from promoter.errors import Refused, Unreachable
-from promoter.guests.base import Domain, Guest, GuestView
+from promoter.guests.base import Domain, Guest, GuestView, RunningCopy
 from promoter.guests.bugs import (
     aborts_on_raw,
     hangs_below_a_filter,
@@ -90,14 +90,19 @@ def is_encrypted(chain: Iterable[Image]) -> bool:
     return any(image.encrypted for image in chain)
 
 
-def check_idle(disk: Disk) -> None:
-    """Does nothing but the guest use the disk, and are its files here?"""
+def is_local(chain: Iterable[Image]) -> bool:
+    return all(image.file for image in chain)
+
+
+def check_idle(disk: Disk, *, adopted: bool = False) -> None:
+    """Does nothing but the guest use the disk? A job that is ``adopted`` may."""
     why = ""
     hint = ""
-    if disk.jobs:
+    if disk.jobs and not adopted:
         why = f"a block job runs on it: {', '.join(disk.jobs)}"
-        hint = "Wait for it or end it. If it is promoter's: promoter job list"
-    elif disk.filters:
+        more = " A copy to a whole new disk: --adopt" if disk.libvirt else ""
+        hint = f"Wait for it or end it. If it is promoter's: promoter job list.{more}"
+    elif disk.filters and not adopted:
         why = f"a filter lies above its image: {', '.join(disk.filters)}"
         hint = "Remove the filter first; a throttle filter may stay."
     elif disk.read_only:
@@ -106,16 +111,23 @@ def check_idle(disk: Disk) -> None:
     elif disk.other_writers:
         why = "something besides the guest writes to it, such as a writable NBD export"
         hint = "It would go on writing to the old disk. Remove it: block-export-del"
-    elif remote := next((image for image in disk.chain if image.file is None), None):
-        why = f"{remote.node} is not a local file"
-        hint = "Run promoter where the chain's files are."
     if why:
         raise Refused(f"{disk.name}: {why}", hint)
 
 
-def check_clone(disk: Disk, lose: tuple[Loss, ...]) -> None:
+def check_local(disk: Disk) -> None:
+    """Are all layers files, here, whose names can be changed?"""
+    for image in disk.chain:
+        if image.file is None or image.file.is_block_device():
+            raise Refused(
+                f"{disk.name}: {image.file or image.node} is not a local file",
+                "Run promoter where the chain's files are. Block devices can only be promoted.",
+            )
+
+
+def check_clone(disk: Disk, lose: tuple[Loss, ...], *, adopted: bool = False) -> None:
     """Can the disk be promoted, and would nothing be lost that may not be?"""
-    check_idle(disk)
+    check_idle(disk, adopted=adopted)
     active = disk.chain.active
     why = ""
     if active.format != "qcow2":
@@ -130,8 +142,35 @@ def check_clone(disk: Disk, lose: tuple[Loss, ...]) -> None:
     elif is_encrypted(disk.chain) and Loss.ENCRYPTION not in lose:
         why = "its chain has encrypted images"
         hint = "The new disk would be in clear text. If it may be: --lose encryption --target FILE"
+    elif active.file is None:
+        why = f"its active layer, {active.node}, is not a local file"
+        hint = "Run promoter where its files are."
     if why:
         raise Refused(f"{disk.name}: {why}", hint)
+
+
+def check_copy(disk: Disk, copy: RunningCopy, view: GuestView) -> None:
+    """Will the copy that somebody else started be the full clone?"""
+    why = ""
+    if copy.whole is None:
+        why = f"libvirt on this host does not tell what the copy to {copy.file} takes along"
+    elif not copy.whole:
+        why = f"the copy to {copy.file} takes only the active layer along"
+    elif not copy.file.is_file():
+        why = f"the copy goes to {copy.file or 'somewhere'}, which is not a local file"
+    elif images.backing_name(copy.file):
+        why = f"{copy.file} has a backing file"
+    elif copy.format == "raw" and aborts_on_raw(view.version, disk.device):
+        why = f"this QEMU may abort when a disk on {disk.device} is switched to a raw image"
+    elif loses_writes_at_start(view.version):
+        why = "this QEMU can have lost writes when the copy started"
+    elif disk.chain.active.file and disk.chain.active.file.is_block_device():
+        why = f"{disk.chain.active.file} is a block device"
+    if why:
+        raise Refused(
+            f"{disk.name}: cannot adopt: {why}",
+            f"End it (virsh blockjob {disk.name} --abort) and promote without --adopt.",
+        )
 
 
 def check_definition(disk: Disk) -> None:
@@ -148,15 +187,31 @@ def check_definition(disk: Disk) -> None:
             " from the right disk, first.",
         )
     for upper, lower in pairwise(disk.chain):
-        assert upper.file
+        if not (upper.file and lower.file):
+            continue  # how the name of what is elsewhere is written is QEMU's and libvirt's affair
         named = images.backing_name(upper.file) or ""
         found = stamp(upper.file.parent / named)
-        if not named.startswith("json:") and found != (lower.file and stamp(lower.file)):
+        if not named.startswith("json:") and found != stamp(lower.file):
             raise Refused(
                 f"{disk.name}: the header of {upper.file} names {named or 'nothing'} below it,"
                 f" but QEMU has {lower.file} there",
                 "The next boot would open another chain. Mend it: qemu-img rebase -u",
             )
+
+
+def check_device(disk: Disk, has_target: bool) -> None:
+    """Can the guest leave the block device that its active layer is on?"""
+    path = disk.chain.active.file
+    if disk.libvirt is None:
+        raise Refused(
+            f"{disk.name}: {path} is a block device, whose name cannot lead to another disk",
+            "The guest's command line would boot the old disk again. Move it to a file first.",
+        )
+    if not has_target:
+        raise Refused(
+            f"{disk.name}: {path} is a block device, with no room for a file beside it",
+            "Give a --target.",
+        )
 
 
 def check_in_place(disk: Disk, wanted: str) -> None:
@@ -190,7 +245,8 @@ def check_raw(view: GuestView, disks: list[Disk]) -> None:
 
 
 def check_throttles(view: GuestView, disks: list[Disk]) -> None:
-    throttled = [disk.name for disk in disks if disk.node != disk.chain.active.node]
+    above = [disk for disk in disks if disk.node != disk.chain.active.node]
+    throttled = [disk.name for disk in above if not disk.jobs]
     if throttled and view.iothreads and hangs_below_a_filter(view.version):
         raise Refused(
             f"{', '.join(throttled)}: under a throttle filter in a guest with iothreads,"
@@ -234,6 +290,8 @@ def check_files(guest: Guest, disk: Disk) -> None:
 
 async def check_headers(disk: Disk) -> None:
     for image in disk.chain:
+        if image.file is None:
+            continue
         try:
             found = await images.info(image)
         except images.ImageError as error:

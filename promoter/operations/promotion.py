@@ -80,9 +80,10 @@ class Choices:
     """What the operator asked for; None where promoter is to choose.
 
     ``speed`` is in bytes per second, 0 for no limit; ``cluster_size`` in bytes;
-    ``parallel`` is the most disks to seed at once. ``top`` and ``base`` name the layers of a
-    commit, one for each disk; ``max_pause`` is how long the guest may stand still for one, in
-    seconds; ``scan`` are directories in which to look for who else reads its target.
+    ``parallel`` is the most disks to seed at once. ``adopt``: a copy that somebody else started.
+    ``top`` and ``base`` name the layers of a commit, one for each disk; ``max_pause`` is how long
+    the guest may stand still for one, in seconds; ``scan`` are directories in which to look for
+    who else reads its target.
     """
 
     disks: tuple[str, ...] = ()
@@ -103,6 +104,7 @@ class Choices:
     max_pause: float = 0.5
     scan: tuple[Path, ...] = ()
     old: Old = Old.ASIDE
+    adopt: bool = False
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from promoter.operations.preflight import (
     check_directory,
     check_idle,
     check_in_place,
+    check_local,
     check_names,
     check_pause,
 )
@@ -55,6 +56,7 @@ async def _plan_disk(
     guest: Guest, view: GuestView, disk: Disk, choices: Choices, identity: str, index: int
 ) -> DiskIntent:
     check_idle(disk)
+    check_local(disk)
     await check_chain(guest, disk)
     if not disk.libvirt:
         check_in_place(disk, disk.chain.active.format)

@@ -8,7 +8,8 @@ the old overlay; the commit is one ``rename(2)`` of a prepared name over it:
   old command line fails loudly instead of booting yesterday's disk.
 
 What a libvirt domain boots from is in its definition, which is libvirt's to
-change; here only the old overlay is put aside, when it has been.
+change; here only the old overlay is put aside, when it has been. One on a block
+device stays where it is.
 
 `commit` and `revoke` exclude each other: both need the prepared name, and the
 file system gives it to one of them.
@@ -65,7 +66,8 @@ class Names:
     ``path`` is what the guest's command line opens, ``old`` the overlay it leads to
     before the switch, ``aside`` the name the old overlay keeps, ``prepared`` the name
     that the commit moves over ``path``. ``defined``: the guest is a libvirt domain. Where
-    ``aside`` is ``path`` the old overlay keeps its name.
+    ``aside`` is ``path`` the old overlay keeps its name. ``stays``: it is a block device, whose
+    name is nobody's to change.
     """
 
     old: FileId
@@ -75,9 +77,12 @@ class Names:
     prepared: Path
     in_place: bool
     defined: bool = False
+    stays: bool = False
 
     def prepare(self) -> None:
         """Make ``aside`` and ``prepared``; the guest's path is untouched. Repeatable."""
+        if self.stays:
+            return
         with suppress(FileExistsError):
             os.link(self.path, self.aside)
         self.prepared.unlink(missing_ok=True)
@@ -148,12 +153,14 @@ class Names:
     def tidy(self) -> None:
         """After the switch: remove the name that leads nowhere, or to a domain's old overlay."""
         is_spare = self.is_old() and self.is_prepared() if self.defined else self.path.is_symlink()
-        if not self.in_place and is_spare and self.aside != self.path:
+        if not (self.in_place or self.stays) and is_spare and self.aside != self.path:
             self.path.unlink()
             sync(self.path.parent)
 
     def withdraw(self) -> None:
         """Before any switch: remove the names made by `prepare`."""
+        if self.stays:
+            return
         self.prepared.unlink(missing_ok=True)
         if self.is_old() and self.aside != self.path:
             self.aside.unlink(missing_ok=True)

@@ -31,6 +31,7 @@ from promoter.storage.pace import Pace
 
 FICLONE = 0x40049409
 CHUNK = 8 * 1024 * 1024
+LABEL = "security.selinux"
 LEAST_EXTENDED = 16 * 1024
 """The smallest cluster that can have subclusters, in bytes."""
 
@@ -77,8 +78,8 @@ class Geometry:
 class SeedSpec:
     """One seed: ``layers`` as one image of ``virtual_size`` bytes.
 
-    ``like`` is the file whose owner and mode the seed gets. With ``backing`` it lies above that
-    image, and ``layers`` are those above it.
+    ``like`` is the file whose owner, mode and SELinux label the seed gets. With ``backing`` it
+    lies above that image, and ``layers`` are those above it.
     """
 
     layers: tuple[Image, ...]
@@ -311,11 +312,13 @@ def _takes_direct_io(part: Path) -> bool:
 
 
 def _finish(spec: SeedSpec) -> None:
-    """The owner and mode of the disk it will replace, on stable storage."""
+    """The owner, mode and label of the disk it will replace, on stable storage."""
     like = spec.like.stat()
     spec.part.chmod(stat.S_IMODE(like.st_mode))
     if (like.st_uid, like.st_gid) != (os.geteuid(), os.getegid()):
         os.chown(spec.part, like.st_uid, like.st_gid)
+    with suppress(OSError):  # there is none, or not on this file system; libvirt labels again
+        os.setxattr(spec.part, LABEL, os.getxattr(spec.like, LABEL))
     sync(spec.part)
     sync(spec.part.parent)
 
