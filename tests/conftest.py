@@ -6,9 +6,13 @@ from typing import Any
 
 import libvirt
 import pytest
+from hypothesis import settings
 
 from tests.domains import Libvirtd
 from tests.vm import ROOT, newer_qemu, why_no_newer_qemu
+
+settings.register_profile("promoter", database=None, deadline=None, max_examples=60)
+settings.load_profile("promoter")
 
 
 class Coverage:
