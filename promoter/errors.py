@@ -6,7 +6,8 @@ PromoterError (1, unexpected)
 ├── NoSpace (5)       storage is full; nothing lost, the operation can be resumed
 ├── JobFailed (6)     a block job failed; the guest stays on its old chain
 ├── Cancelled (7)     somebody asked to stop; the guest stays on its old chain
-└── Interrupted (9)   stopped half-way; ``promoter job resume`` continues by evidence
+├── Interrupted (9)   stopped half-way; ``promoter job resume`` continues by evidence
+└── LeaseHeld (10)    another owner has the disk and refused, was busy or did not answer
 
 An error carries a message that names what it is about and a hint that gives
 the next step. The exit codes are part of the command line's contract.
@@ -60,3 +61,9 @@ class Interrupted(PromoterError):
     """The operation stopped half-way and can be resumed."""
 
     exit_code = 9
+
+
+class LeaseHeld(PromoterError):
+    """Another owner holds the disk and refused, was busy or did not answer."""
+
+    exit_code = 10

@@ -44,6 +44,7 @@ class SharedDirectory:
                 with suppress(FileExistsError):
                     self.path.mkdir()
                 _sync(self.path.parent)
+            _sync(self.path)
 
     def names(self) -> list[str]:
         """What is in it; nothing when it is not there."""

@@ -16,7 +16,6 @@ import stat
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 from promoter.errors import PromoterError, Refused
@@ -171,11 +170,6 @@ class LeaseFile:
     def withdraw(self, ticket: int) -> None:
         self.queue.remove(f"{_name(ticket)}.answer")
         self.queue.remove(_name(ticket))
-
-
-def repinned(store: LeaseFile, record: LeaseRecord) -> LeaseRecord:
-    """The record about the file that is there now."""
-    return replace(record, disk=store.identity(record.disk.uuid))
 
 
 def hosts_of(pool: Path) -> SharedDirectory:
