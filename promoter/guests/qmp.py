@@ -166,6 +166,10 @@ class QmpGuest:
     async def cont(self) -> None:
         await self._execute("cont")
 
+    async def power_down(self) -> None:
+        """Press the power button (``system_powerdown``); the guest goes down when it likes."""
+        await self._execute("system_powerdown")
+
     async def mirror(self, spec: MirrorSpec) -> None:
         below_filter = {"replaces": spec.replaces} if spec.replaces != spec.source else {}
         await self._execute(

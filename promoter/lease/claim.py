@@ -5,12 +5,14 @@ Each act reads, asks the rules, writes if the epoch is still the same, and else 
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from promoter.errors import LeaseHeld, Refused
+from promoter.errors import Cancelled, LeaseHeld, Refused
 from promoter.lease import record as rules
 from promoter.lease.file import LeaseFile
 from promoter.lease.host import Host, new_request_id, new_stamp
@@ -31,6 +33,7 @@ from promoter.lease.record import (
 from promoter.lease.store import Asked, CouldNotTell
 
 LOOK_EVERY = 0.5
+ANSWER_EVERY = 0.1
 Heard = Callable[[Answer], None]
 
 
@@ -55,6 +58,11 @@ class Acquisition:
         self._observer = Observer(store, store.disk, clock)
         self._asked: Asked | None = None
         self._answer: Answer | None = None
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """Have `run`, in another thread, raise `Cancelled` soon."""
+        self._cancelled.set()
 
     def run(self, timeout: float) -> LeaseRecord:
         """The record under which the disk is the owner's, within ``timeout`` seconds.
@@ -64,7 +72,7 @@ class Acquisition:
         """
         deadline = self._clock() + timeout
         try:
-            while True:
+            while not self._cancelled.is_set():
                 record = self.store.read()
                 if (mine := self.attempt(record)) is not None:
                     return mine
@@ -74,6 +82,7 @@ class Acquisition:
                 if left <= 0:
                     raise self._held(record)
                 self.store.watch(record.epoch, min(LOOK_EVERY, left))
+            raise Cancelled("cancelled while waiting for a disk", "Its lease is as it was.")
         finally:
             if self._asked:
                 self.store.withdraw(self._asked.ticket)
@@ -119,17 +128,16 @@ class Acquisition:
         return None
 
     def _ask(self, record: LeaseRecord) -> None:
-        """Ask this epoch's owner, and hear what it says."""
-        if record.owner and (not self._asked or self._asked.request.epoch != record.epoch):
-            if record.state is State.HELD:
-                self._send(Request(new_request_id(), record.epoch, self.owner, new_stamp().wall))
-            return
+        """Hear what the owner says, and ask whoever holds the disk now."""
         answer = self.store.answer_to(self._asked) if self._asked else None
         if answer and answer != self._answer:
             self._answer = answer
             self._heard(answer)
         if answer and answer.said is Said.REFUSED:
             raise self._held(record)
+        asked_for = self._asked.request.epoch if self._asked else 0
+        if record.state is State.HELD and record.epoch != asked_for:
+            self._send(Request(new_request_id(), record.epoch, self.owner, new_stamp().wall))
 
     def _send(self, request: Request) -> None:
         if self._asked:
@@ -140,6 +148,40 @@ class Acquisition:
 
     def _held(self, record: LeaseRecord) -> LeaseHeld:
         return held(self.store, record, self._observer.evidence(record), self._answer)
+
+
+def request(store: LeaseFile, host: Host, timeout: float, heard: Heard) -> LeaseRecord:
+    """Ask a disk's owner to let go, and wait ``timeout`` seconds for it; the free lease.
+
+    Raises `LeaseHeld` when the disk stays its owner's.
+    """
+    record = _existing(store)
+    if record.owner is None:
+        return record
+    asking = Request(new_request_id(), record.epoch, host.owner(), new_stamp().wall)
+    asked = Asked(store.ask(asking), asking)
+    try:
+        answer = _final_answer(store, asked, timeout, heard)
+    finally:
+        store.withdraw(asked.ticket)
+    now = _existing(store)
+    if answer is None or answer.said is not Said.RELEASED:
+        raise held(store, now, Observer(store, store.disk).evidence(now), answer)
+    return now
+
+
+def _final_answer(store: LeaseFile, asked: Asked, timeout: float, heard: Heard) -> Answer | None:
+    last: Answer | None = None
+    deadline = boot_clock() + timeout
+    while boot_clock() < deadline:
+        answer = store.answer_to(asked)
+        if answer and answer != last:
+            last = answer
+            heard(answer)
+        if answer and answer.said is not Said.ACCEPTED:
+            return answer
+        time.sleep(ANSWER_EVERY)
+    return last
 
 
 def held(
