@@ -19,7 +19,7 @@ from promoter.lease.liveness import lock_on
 from promoter.lease.record import LeaseRecord, Lock, State
 from tests import records
 from tests.cli import Ran, ended, promoter, start
-from tests.vm import VM, Disk, ack_count, base, blank, linked_clone, wait_for
+from tests.vm import VM, Bus, Disk, ack_count, base, blank, linked_clone, wait_for
 
 
 class LeasingHost:
@@ -86,7 +86,7 @@ def export(disk: Path, socket: Path) -> list[object]:
 
 
 def said(ran: Ran, event: str) -> list[str]:
-    lines = [json.loads(line) for line in ran.err.splitlines()]
+    lines = [json.loads(line) for line in ran.err.splitlines() if line.startswith("{")]
     return [line["text"] for line in lines if line["event"] == event]
 
 
@@ -310,6 +310,33 @@ def test_a_guests_disk_passes_to_the_host_that_asks_and_no_write_is_lost(
     assert report.records >= 80
 
 
+@pytest.mark.parametrize("bus", [Bus.SCSI, pytest.param(Bus.VIRTIO, marks=pytest.mark.nightly)])
+def test_a_disk_is_taken_out_of_a_guest_that_writes_on_it(
+    hosts: Hosts, tmp_path: Path, bus: Bus
+) -> None:
+    a, b = hosts
+    disk = blank(tmp_path / "data.qcow2", 8 << 20)
+    disks = [Disk(linked_clone(base(), tmp_path / "root.qcow2")), Disk(disk, bus=bus)]
+    device = "/dev/sda" if bus is Bus.SCSI else "/dev/vdb"
+    vm = VM(tmp_path, disks, writer={"rate": 0, "dev": device})
+    command = ["setpriv", "--pdeathsig", "KILL", *vm.argv]
+    running = a.run(disk, "detach", *command, qmp=vm.monitor)
+    try:
+        wait_for(lambda: ack_count(vm.log) >= 40, "records", 120)
+        asked = b.lease("acquire", disk, "--timeout", 120)
+        assert asked.code == 0, (asked, running.process.poll())
+        assert lock_on(disk) is Lock.FREE
+        assert running.process.poll() is None, "the guest runs on"
+        report = records.check(disk, None, vm.log)
+        assert {finding.kind for finding in report.findings} <= {records.Kind.FAILED}
+        assert report.records >= 40
+    finally:
+        ran = running.ask_to_end()
+        shutil.rmtree(vm.monitor.parent)
+    assert said(ran, "releasing") == ["to host host-b"]
+    assert owner_of(disk) == "host-b"
+
+
 def test_a_guest_that_does_not_go_down_keeps_its_disk(
     hosts: Hosts, disk: Path, tmp_path: Path
 ) -> None:
@@ -329,7 +356,7 @@ def test_a_guest_that_does_not_go_down_keeps_its_disk(
 def test_a_policy_that_cannot_be_followed_is_refused_before_anything(
     hosts: Hosts, disk: Path
 ) -> None:
-    for policy in ("shutdown", "loan", "detach"):
+    for policy in ("shutdown", "detach", "loan"):
         ran = hosts[0].run(disk, policy, "true").end()
         fields: dict[str, Any] = json.loads(ran.out)
         assert (ran.code, fields["error"]) == (4, "Refused")

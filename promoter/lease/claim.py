@@ -58,6 +58,7 @@ class Acquisition:
         self._observer = Observer(store, store.disk, clock)
         self._asked: Asked | None = None
         self._answer: Answer | None = None
+        self._patient_until = 0.0
         self._cancelled = threading.Event()
 
     def cancel(self) -> None:
@@ -133,10 +134,12 @@ class Acquisition:
         if answer and answer != self._answer:
             self._answer = answer
             self._heard(answer)
+            self._patient_until = self._clock() + (answer.retry_after or 0)
         if answer and answer.said is Said.REFUSED:
             raise self._held(record)
         asked_for = self._asked.request.epoch if self._asked else 0
-        if record.state is State.HELD and record.epoch != asked_for:
+        may_ask = record.epoch != asked_for and self._clock() >= self._patient_until
+        if record.state is State.HELD and may_ask:
             self._send(Request(new_request_id(), record.epoch, self.owner, new_stamp().wall))
 
     def _send(self, request: Request) -> None:

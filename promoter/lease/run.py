@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -21,18 +22,20 @@ from pathlib import Path
 from typing import assert_never
 
 from promoter.errors import Cancelled, Interrupted, PromoterError, Refused
-from promoter.guests.qmp import QmpGuest
 from promoter.lease import record as rules
 from promoter.lease.claim import Acquisition, let_go
 from promoter.lease.file import LeaseFile
 from promoter.lease.host import Host, new_stamp
 from promoter.lease.liveness import BEAT_EVERY, Heartbeat, lock_on
 from promoter.lease.record import Answer, Holding, LeaseRecord, Lock, Policy, Said, State
+from promoter.lease.release import DiskBusy, detach, shut_down
 from promoter.lease.store import Asked
 
 ANSWER_EVERY = 0.25
 PATIENCE = 120.0
-"""Seconds for a guest to go down when it is asked to."""
+"""Seconds for a guest to go down, or to give up a disk, when it is asked to."""
+RETRY_AFTER = 5.0
+FINAL = (Said.REFUSED, Said.RELEASED)
 Say = Callable[[str, Path, str], None]
 
 
@@ -50,14 +53,14 @@ class RunSpec:
 
     def check(self) -> None:
         """Raises `Refused` when the policy cannot be followed."""
-        if self.policy in (Policy.DETACH, Policy.LOAN):
+        if self.policy is Policy.LOAN:
             raise Refused(
-                f"promoter run cannot let go by {self.policy} yet",
-                "Its policies are never, shutdown and close.",
+                "promoter run cannot lend a disk yet",
+                "Its policies are never, shutdown, detach and close.",
             )
-        if self.policy is Policy.SHUTDOWN and self.monitor is None:
+        if self.policy in (Policy.SHUTDOWN, Policy.DETACH) and self.monitor is None:
             raise Refused(
-                "the policy shutdown needs the guest's monitor",
+                f"the policy {self.policy} needs the guest's monitor",
                 "Give it: --qmp SOCKET, and to QEMU: -qmp unix:SOCKET,server=on,wait=off",
             )
 
@@ -76,8 +79,10 @@ class LeasedRun:
         self._acquisition: Acquisition | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = False
-        self._asked = asyncio.Event()
+        self._asked: asyncio.Queue[LeaseFile] = asyncio.Queue()
+        self._held: list[LeaseFile] = []
         self._said: dict[str, Answer] = {}
+        self._writing = threading.Lock()  # an answer and the record it is about go together
 
     async def run(self) -> int:
         """The command's exit code; 128 + n if signal n ended it."""
@@ -87,14 +92,13 @@ class LeasedRun:
         for heart in self.hearts:
             await asyncio.to_thread(heart.beat)
         beating = asyncio.create_task(self._beat(), name="heartbeat")
-        held: list[LeaseFile] = []
         try:
             for store in self.stores:
                 await self._acquire(store)
-                held.append(store)
+                self._held.append(store)
             return await self._supervise()
         finally:
-            await self._free(held)
+            await self._free()
             beating.cancel()
             for heart in self.hearts:
                 heart.stop()
@@ -119,6 +123,10 @@ class LeasedRun:
             await asyncio.to_thread(act)
         except PromoterError as error:
             self.say("trouble", disk, error.message)
+
+    def _alone(self, act: Callable[..., None], *arguments: object) -> None:
+        with self._writing:
+            act(*arguments)
 
     async def _acquire(self, store: LeaseFile) -> None:
         heard = self._heard(store)
@@ -153,7 +161,7 @@ class LeasedRun:
 
     async def _serve(self, store: LeaseFile) -> None:
         while True:
-            await self._tolerantly(store.disk, partial(self._answer_all, store))
+            await self._tolerantly(store.disk, partial(self._alone, self._answer_all, store))
             await asyncio.sleep(ANSWER_EVERY)
 
     def _answer_all(self, store: LeaseFile) -> None:
@@ -161,15 +169,17 @@ class LeasedRun:
         record = store.read() if waiting else None
         for asked in waiting:
             before = self._said.get(asked.request.id)
-            if record is None or (before and before.said is Said.REFUSED):
+            if record is None or (before and before.said in FINAL):
                 continue
             answer = rules.answer(record, asked.request, Holding(self.host.name, self.spec.policy))
+            if answer.said is Said.NOT_OWNER:
+                continue  # its owner's to answer
             if answer.said is Said.ACCEPTED and record.state is State.HELD:
                 going = rules.release(record, self.host.name, asked.request.id, new_stamp())
                 if not store.compare_and_swap(record.epoch, going):
                     return
                 self.say("releasing", store.disk, f"to host {asked.request.requester.host}")
-                self._loop.call_soon_threadsafe(self._asked.set)
+                self._loop.call_soon_threadsafe(self._asked.put_nowait, store)
                 record = going
             self._answer(store, asked, answer)
 
@@ -179,45 +189,49 @@ class LeasedRun:
             self._said[asked.request.id] = answer
 
     async def _let_go(self, process: asyncio.subprocess.Process) -> None:
-        """Once asked: end the guest, or keep its disks and say so."""
+        """Whenever asked: give the disk, or end the guest, or keep the disk and say so."""
         while True:
-            await self._asked.wait()
-            self._asked.clear()
+            store = await self._asked.get()
             try:
                 async with asyncio.timeout(PATIENCE):
-                    await self._end(process)
-                    await process.wait()
+                    await self._close(store, process)
             except TimeoutError:
-                why = f"the guest did not go down within {PATIENCE:g} s"
+                why = f"the guest did not let go within {PATIENCE:g} s"
+                await self._keep_all(Said.REFUSED, why)
+            except DiskBusy as error:
+                await self._keep_all(Said.BUSY, error.message)
             except PromoterError as error:
-                why = error.message
-            else:
-                return
-            for store in self.stores:
-                await self._tolerantly(store.disk, partial(self._keep, store, why))
+                await self._keep_all(Said.REFUSED, error.message)
 
-    async def _end(self, process: asyncio.subprocess.Process) -> None:
+    async def _close(self, store: LeaseFile, process: asyncio.subprocess.Process) -> None:
         match self.spec.policy:
             case Policy.SHUTDOWN:
                 assert self.spec.monitor, "checked"
-                guest = await QmpGuest.connect(self.spec.monitor)
-                try:
-                    await guest.power_down()
-                finally:
-                    await guest.close()
+                await shut_down(self.spec.monitor)
+                await process.wait()
             case Policy.CLOSE:
                 with suppress(ProcessLookupError):
                     process.terminate()
-            case Policy.NEVER | Policy.DETACH | Policy.LOAN:
-                raise AssertionError(f"nothing is asked to end by {self.spec.policy}")
+                await process.wait()
+            case Policy.DETACH:
+                assert self.spec.monitor, "checked"
+                gone = await detach(self.spec.monitor, store.disk)
+                free = partial(self._free_one, store, node_gone=gone)
+                await asyncio.to_thread(self._alone, free)
+            case Policy.NEVER | Policy.LOAN:
+                raise AssertionError(f"nothing is given by {self.spec.policy}")
             case other:
                 assert_never(other)
 
-    def _keep(self, store: LeaseFile, why: str) -> None:
+    async def _keep_all(self, said: Said, why: str) -> None:
+        for store in self._held:
+            await self._tolerantly(store.disk, partial(self._alone, self._keep, store, said, why))
+
+    def _keep(self, store: LeaseFile, said: Said, why: str) -> None:
         record = store.read()
         if record is None or record.state is not State.RELEASING:
             return
-        self._answer_served(store, record, Said.REFUSED, why)  # before: else it asks again
+        self._answer_served(store, record, said, why)  # before: else it asks again at once
         kept = rules.roll_back(record, self.host.name, new_stamp())
         if store.compare_and_swap(record.epoch, kept):
             self.say("kept", store.disk, why)
@@ -227,15 +241,16 @@ class LeasedRun:
     ) -> None:
         for asked in store.requests():
             if asked.request.id == record.request:
-                answer = Answer(asked.request.id, said, record.epoch, why)
+                later = RETRY_AFTER if said is Said.BUSY else None
+                answer = Answer(asked.request.id, said, record.epoch, why, later)
                 self._answer(store, asked, answer)
 
     # --- the end ---
 
-    async def _free(self, held: Sequence[LeaseFile]) -> None:
-        for store in held:
+    async def _free(self) -> None:
+        for store in tuple(self._held):
             await self._wait_until_closed(store)
-            await self._tolerantly(store.disk, partial(self._free_one, store))
+            await self._tolerantly(store.disk, partial(self._alone, self._free_one, store))
 
     async def _wait_until_closed(self, store: LeaseFile) -> None:
         self._stopping = False
@@ -252,8 +267,9 @@ class LeasedRun:
                 )
             await asyncio.sleep(ANSWER_EVERY)
 
-    def _free_one(self, store: LeaseFile) -> None:
-        freed = let_go(store, self.host)
+    def _free_one(self, store: LeaseFile, *, node_gone: bool = True) -> None:
+        freed = let_go(store, self.host, node_gone=node_gone)
+        self._held.remove(store)
         to = f"for host {freed.grant.host}" if freed.grant else ""
         self.say("released", store.disk, f"epoch {freed.epoch} {to}".strip())
         self._answer_served(store, freed, Said.RELEASED)
