@@ -193,15 +193,21 @@ class LeasedRun:
         while True:
             store = await self._asked.get()
             try:
+                if not await asyncio.to_thread(self._is_releasing, store):
+                    continue  # it was kept with another that could not be given
                 async with asyncio.timeout(PATIENCE):
                     await self._close(store, process)
             except TimeoutError:
                 why = f"the guest did not let go within {PATIENCE:g} s"
-                await self._keep_all(Said.REFUSED, why)
+                await self._keep(store, Said.REFUSED, why)
             except DiskBusy as error:
-                await self._keep_all(Said.BUSY, error.message)
+                await self._keep(store, Said.BUSY, error.message)
             except PromoterError as error:
-                await self._keep_all(Said.REFUSED, error.message)
+                await self._keep(store, Said.REFUSED, error.message)
+
+    def _is_releasing(self, store: LeaseFile) -> bool:
+        record = store.read()
+        return record is not None and record.state is State.RELEASING
 
     async def _close(self, store: LeaseFile, process: asyncio.subprocess.Process) -> None:
         match self.spec.policy:
@@ -223,11 +229,13 @@ class LeasedRun:
             case other:
                 assert_never(other)
 
-    async def _keep_all(self, said: Said, why: str) -> None:
-        for store in self._held:
-            await self._tolerantly(store.disk, partial(self._alone, self._keep, store, said, why))
+    async def _keep(self, store: LeaseFile, said: Said, why: str) -> None:
+        """The disk stays; with a guest that does not end, all of its disks do."""
+        staying = [store] if self.spec.policy is Policy.DETACH else self._held
+        for kept in staying:
+            await self._tolerantly(kept.disk, partial(self._alone, self._keep_one, kept, said, why))
 
-    def _keep(self, store: LeaseFile, said: Said, why: str) -> None:
+    def _keep_one(self, store: LeaseFile, said: Said, why: str) -> None:
         record = store.read()
         if record is None or record.state is not State.RELEASING:
             return
