@@ -23,6 +23,7 @@ from promoter.lease.record import (
     Closed,
     DiskIdentity,
     Evidence,
+    Grant,
     Illegal,
     LeaseRecord,
     Lock,
@@ -286,6 +287,21 @@ def claim(view: LeaseRecord | None, me: Owner, _: Host, __: Lock, ___: Model) ->
     return rules.claim(view, me, stamp(me)) if view else None
 
 
+def claim_late(
+    view: LeaseRecord | None, me: Owner, _: Host, __: Lock, ___: Model
+) -> LeaseRecord | None:
+    """When what was promised to another has lapsed."""
+    return rules.claim(view, me, stamp(me), unchanged=1e6) if view and view.grant else None
+
+
+def lend(view: LeaseRecord | None, me: Owner, host: Host, _: Lock, __: Model) -> LeaseRecord | None:
+    """To the next host, with a guest that waits."""
+    if view is None or host.open:
+        return None
+    borrower = owner((int(me.host[-1]) + 1) % len(HOSTS), 0).host
+    return rules.lend(view, me.host, CLOSED, Grant(borrower, "request", 30), stamp(me))
+
+
 def resume(
     view: LeaseRecord | None, me: Owner, host: Host, lock: Lock, _: Model
 ) -> LeaseRecord | None:
@@ -328,4 +344,14 @@ def take_over(
     return rules.take_over(view, me, evidence, stamp(me))
 
 
-STEPS: tuple[Write, ...] = (create, claim, resume, release, roll_back, free, take_over)
+STEPS: tuple[Write, ...] = (
+    create,
+    claim,
+    claim_late,
+    resume,
+    release,
+    roll_back,
+    free,
+    lend,
+    take_over,
+)

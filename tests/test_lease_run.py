@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 
+from promoter.errors import Refused
 from promoter.lease.file import LeaseFile
 from promoter.lease.liveness import lock_on
-from promoter.lease.record import LeaseRecord, Lock, State
+from promoter.lease.record import LeaseRecord, Lock, Policy, State
+from promoter.lease.run import RunSpec
 from tests import records
 from tests.cli import Ran, ended, promoter, start
 from tests.vm import VM, Bus, Disk, ack_count, base, blank, linked_clone, wait_for
@@ -409,12 +411,26 @@ def test_a_guest_that_does_not_go_down_keeps_its_disk(
     running.ask_to_end()
 
 
-@pytest.mark.parametrize("policy", ["shutdown", "loan"])
-def test_a_policy_that_cannot_be_followed_is_refused_before_anything(
-    hosts: Hosts, disk: Path, policy: str
+@pytest.mark.parametrize(
+    ("policy", "command"),
+    [
+        ("shutdown", ["true"]),
+        ("loan", ["true"]),
+        ("never", ["qemu", "-drive", "file=disk,file.locking=off"]),
+        ("never", ["qemu", "-blockdev", '{"driver": "file", "locking": "off"}']),
+    ],
+)
+def test_a_run_that_could_not_keep_the_rules_is_refused(
+    disk: Path, policy: str, command: list[str]
 ) -> None:
-    ran = hosts[0].run(disk, policy, "true").end()
+    spec = RunSpec((disk,), tuple(command), Policy(policy), None, 0)
+    with pytest.raises(Refused) as caught:
+        spec.check()
+    assert caught.value.hint
+
+
+def test_a_refused_run_has_claimed_nothing(hosts: Hosts, disk: Path) -> None:
+    ran = hosts[0].run(disk, "shutdown", "true").end()
     error: dict[str, Any] = json.loads(ran.out)
     assert (ran.code, error["error"]) == (4, "Refused")
-    assert error["hint"]
     assert LeaseFile(disk).read() is None

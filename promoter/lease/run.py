@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -35,6 +36,7 @@ ANSWER_EVERY = 0.25
 PATIENCE = 120.0
 """Seconds for a guest to go down, or to give up a disk, when it is asked to."""
 RETRY_AFTER = 5.0
+LOCKING_OFF = re.compile(r"\blocking\W{1,5}off\b")
 FINAL = (Said.REFUSED, Said.RELEASED)
 Say = Callable[[str, Path, str], None]
 
@@ -53,6 +55,11 @@ class RunSpec:
 
     def check(self) -> None:
         """Raises `Refused` when the policy cannot be followed."""
+        if LOCKING_OFF.search(" ".join(self.command)):
+            raise Refused(
+                "the command turns QEMU's image lock off",
+                "The lock is what stops a guest that a lease cannot stop. Leave locking=off out.",
+            )
         if self.policy is Policy.LOAN:
             raise Refused(
                 "promoter run cannot lend a disk yet",
