@@ -7,7 +7,8 @@ PromoterError (1, unexpected)
 ├── JobFailed (6)     a block job failed; the guest stays on its old chain
 ├── Cancelled (7)     somebody asked to stop; the guest stays on its old chain
 ├── Different (8)     a copy is not what it was copied from
-└── Interrupted (9)   stopped half-way; ``promoter job resume`` continues by evidence
+├── Interrupted (9)   stopped half-way; ``promoter job resume`` continues by evidence
+└── LeaseHeld (10)    another owner has the disk and refused, was busy or did not answer
 
 An error carries a message that names what it is about and a hint that gives
 the next step. The exit codes are part of the command line's contract.
@@ -71,10 +72,17 @@ class Interrupted(PromoterError):
     exit_code = 9
 
 
-BY_EXIT_CODE = {
-    kind.exit_code: kind
-    for kind in (PromoterError, Unreachable, Refused, NoSpace, JobFailed, Cancelled, Interrupted)
-}
+class LeaseHeld(PromoterError):
+    """Another owner holds the disk and refused, was busy or did not answer."""
+
+    exit_code = 10
+
+
+KINDS = (
+    *(PromoterError, Unreachable, Refused, NoSpace, JobFailed),
+    *(Cancelled, Different, Interrupted, LeaseHeld),
+)
+BY_EXIT_CODE = {kind.exit_code: kind for kind in KINDS}
 
 
 def as_fields(error: PromoterError) -> dict[str, Any]:

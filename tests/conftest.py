@@ -7,11 +7,15 @@ from typing import Any
 
 import libvirt
 import pytest
+from hypothesis import settings
 
 from tests.domains import Domain, Libvirtd
 from tests.vm import ROOT, VM, Disk, newer_qemu, why_no_newer_qemu
 
 Make = Callable[[Sequence[Disk]], VM | Domain]
+
+settings.register_profile("promoter", database=None, deadline=None, max_examples=60)
+settings.load_profile("promoter")
 
 
 class Coverage:

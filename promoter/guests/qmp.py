@@ -164,6 +164,23 @@ class QmpGuest:
     async def cont(self) -> None:
         await self._execute("cont")
 
+    async def power_down(self) -> None:
+        """Press the power button (``system_powerdown``); the guest goes down when it likes."""
+        await self._execute("system_powerdown")
+
+    async def unplug(self, device: str) -> None:
+        """Take a device, by its QOM path, away (``device_del``); it is gone when this returns.
+
+        How long that takes is the guest's to say (``DEVICE_DELETED``).
+        """
+        deleted = EventListener(names=["DEVICE_DELETED"])
+        with self._client.listen(deleted):
+            await self._execute("device_del", id=device)
+            async for event in deleted:
+                data: Any = event["data"]
+                if data["path"] == device:
+                    return
+
     async def begin(self, spec: Start) -> None:
         if isinstance(spec, MirrorSpec):
             await self._mirror(spec)

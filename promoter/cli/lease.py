@@ -1,0 +1,223 @@
+"""``promoter lease`` and ``promoter run``: the lease file, on the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from promoter.cli import run as running
+from promoter.cli.output import choose
+from promoter.lease import claim
+from promoter.lease.claim import Acquisition, describe
+from promoter.lease.file import LeaseFile
+from promoter.lease.host import this_host
+from promoter.lease.record import Answer, LeaseRecord, Policy
+from promoter.lease.run import LeasedRun, RunSpec
+from promoter.operations.journal import state_directory
+
+lease_app = typer.Typer(help="Who may open a disk.", no_args_is_help=True)
+
+Disk = Annotated[Path, typer.Argument(metavar="DISK", help="The path of an image file.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
+State = Annotated[
+    Path,
+    typer.Option(
+        "--state-dir",
+        envvar="PROMOTER_STATE_DIR",
+        default_factory=state_directory,
+        help="Where this host's name and its fence command are.",
+        show_default="/var/lib/promoter, or ~/.local/state/promoter",
+    ),
+]
+Timeout = Annotated[float, typer.Option(min=0, metavar="SECONDS", help="For the owner to let go.")]
+
+
+class Voice:
+    """Says what happens, as JSON or as lines."""
+
+    def __init__(self, *, as_json: bool, stderr: bool = False) -> None:
+        self._as_json = as_json
+        self._stream = sys.stderr if stderr else sys.stdout
+        self._console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+    def event(self, event: str, line: str, **fields: Any) -> None:
+        if self._as_json:
+            self._stream.write(json.dumps({"event": event, **fields}, default=str) + "\n")
+            self._stream.flush()
+        else:
+            self._console.print(escape(line))
+
+    def result(self, operation: str, disk: Path, record: LeaseRecord | None, line: str) -> None:
+        lease = asdict(record) if record else None
+        self.event("result", line, operation=operation, disk=disk, lease=lease, exit_code=0)
+
+    def answer(self, disk: Path) -> Callable[[Answer], None]:
+        return lambda answer: self.event(
+            "answer",
+            f"{disk}: the owner answers {answer.said} {answer.why}".rstrip(),
+            disk=disk,
+            **asdict(answer),
+        )
+
+
+def _finish(work: Callable[[], None], *, as_json: bool) -> None:
+    async def call() -> None:
+        work()
+
+    running.finish(call(), choose(as_json=as_json, quiet=False, verbose=False))
+
+
+def describe_record(record: LeaseRecord | None) -> str:
+    """A lease in one line."""
+    if record is None:
+        return "no lease"
+    parts = [f"epoch {record.epoch}: {record.state}"]
+    if record.owner:
+        parts.append(f"by {describe(record.owner)}")
+    if record.lender:
+        parts.append(f"lent by {describe(record.lender)}")
+    if record.grant:
+        parts.append(f"for host {record.grant.host}")
+    if record.readers:
+        parts.append(f"read by {', '.join(record.readers)}")
+    if record.note:
+        parts.append(f"broken: {record.note}")
+    return " ".join([*parts, f"since {record.wall}"])
+
+
+@lease_app.command()
+def show(disk: Disk, as_json: Json = False) -> None:
+    """Show who may open the disk, and whether a QEMU has it open."""
+    voice = Voice(as_json=as_json)
+
+    def work() -> None:
+        store = LeaseFile(disk)
+        record, lock, storage, waiting = claim.look(store)
+        voice.event(
+            "result",
+            f"{store.disk}: {describe_record(record)}\nimage lock {lock}, storage {storage},"
+            f" {waiting} waiting",
+            operation="lease show",
+            disk=store.disk,
+            lease=asdict(record) if record else None,
+            lock=lock,
+            storage=storage,
+            waiting=waiting,
+            exit_code=0,
+        )
+
+    _finish(work, as_json=as_json)
+
+
+@lease_app.command()
+def acquire(disk: Disk, state: State, timeout: Timeout = 30, as_json: Json = False) -> None:
+    """Claim the disk for this host, asking its owner when there is one.
+
+    It is held until `promoter lease release`. Nothing beats for it: on local storage another
+    host may take it after three minutes of silence unless a QEMU has it open.
+    """
+    voice = Voice(as_json=as_json)
+
+    def work() -> None:
+        store, host = LeaseFile(disk), this_host(state)
+        heard = voice.answer(store.disk)
+        record = Acquisition(store, host, host.owner(), heard=heard).run(timeout)
+        voice.result(
+            "lease acquire", store.disk, record, f"{store.disk}: {describe_record(record)}"
+        )
+
+    _finish(work, as_json=as_json)
+
+
+@lease_app.command()
+def release(disk: Disk, state: State, as_json: Json = False) -> None:
+    """Let go of a disk that this host holds and nothing has open."""
+    voice = Voice(as_json=as_json)
+
+    def work() -> None:
+        store = LeaseFile(disk)
+        record = claim.release(store, this_host(state))
+        voice.result(
+            "lease release", store.disk, record, f"{store.disk}: {describe_record(record)}"
+        )
+
+    _finish(work, as_json=as_json)
+
+
+@lease_app.command()
+def request(disk: Disk, state: State, timeout: Timeout = 30, as_json: Json = False) -> None:
+    """Ask the owner to let go, and do not claim the disk; it is kept for this host for 30 s."""
+    voice = Voice(as_json=as_json)
+
+    def work() -> None:
+        store, host = LeaseFile(disk), this_host(state)
+        record = claim.request(store, host, timeout, voice.answer(store.disk))
+        voice.result(
+            "lease request", store.disk, record, f"{store.disk}: {describe_record(record)}"
+        )
+
+    _finish(work, as_json=as_json)
+
+
+@lease_app.command("break")
+def break_lease(
+    disk: Disk,
+    state: State,
+    epoch: Annotated[int, typer.Option(help="The epoch that `lease show` told.")],
+    reason: Annotated[str, typer.Option(help="Why; it is kept in the lease.")],
+    as_json: Json = False,
+) -> None:
+    """Declare a disk free whose owner is gone for good.
+
+    You answer for it that its owner's host can write no more; the command STATE-DIR/fence, if
+    there is one, is run first and must succeed. Refused while a QEMU is seen to have it open.
+    """
+    voice = Voice(as_json=as_json)
+
+    def work() -> None:
+        store = LeaseFile(disk)
+        record, _ = claim.break_lease(store, epoch, reason, this_host(state), state)
+        voice.result("lease break", store.disk, record, f"{store.disk}: {describe_record(record)}")
+
+    _finish(work, as_json=as_json)
+
+
+def run(
+    state: State,
+    disks: Annotated[
+        list[Path], typer.Option("--disk", metavar="DISK", help="An image it opens; repeatable.")
+    ],
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="A QEMU.")],
+    policy: Annotated[
+        Policy, typer.Option(help="How to let go of the disks when another host asks.")
+    ] = Policy.NEVER,
+    qmp: Annotated[
+        Path | None, typer.Option(metavar="SOCKET", help="A monitor of the guest's.")
+    ] = None,
+    timeout: Timeout = 30,
+    as_json: Json = False,
+) -> None:
+    """Run a QEMU under leases: claim its disks, answer release requests, free them at its end.
+
+    The exit code is the command's. What promoter says goes to standard error.
+    """
+    voice = Voice(as_json=as_json, stderr=True)
+    codes: list[int] = []
+
+    def say(event: str, disk: Path, text: str) -> None:
+        voice.event(event, f"promoter: {disk}: {event}: {text}", disk=disk, text=text)
+
+    async def work() -> None:
+        spec = RunSpec(tuple(disks), tuple(command), policy, qmp, timeout)
+        codes.append(await LeasedRun(spec, this_host(state), say).run())
+
+    running.finish(work(), choose(as_json=as_json, quiet=False, verbose=False))
+    raise typer.Exit(codes[0])

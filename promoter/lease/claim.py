@@ -1,0 +1,283 @@
+"""How a host comes by a lease, and how it lets go when nothing has the disk open.
+
+Each act reads, asks the rules, writes if the epoch is still the same, and else begins anew.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from promoter.errors import Cancelled, LeaseHeld, Refused
+from promoter.lease import record as rules
+from promoter.lease.file import LeaseFile
+from promoter.lease.host import Host, new_request_id, new_stamp
+from promoter.lease.liveness import Clock, Observer, boot_clock, fence, lock_on, storage_of
+from promoter.lease.record import (
+    Answer,
+    Closed,
+    Evidence,
+    Grant,
+    Illegal,
+    LeaseRecord,
+    Lock,
+    Owner,
+    Request,
+    Said,
+    State,
+)
+from promoter.lease.store import Asked, CouldNotTell
+
+LOOK_EVERY = 0.5
+ANSWER_EVERY = 0.1
+Heard = Callable[[Answer], None]
+
+
+def _ignore(_: Answer) -> None:
+    pass
+
+
+class Acquisition:
+    """One host's way to one disk: it claims what is free and asks for what is not."""
+
+    def __init__(
+        self,
+        store: LeaseFile,
+        host: Host,
+        owner: Owner,
+        *,
+        heard: Heard = _ignore,
+        clock: Clock = boot_clock,
+    ) -> None:
+        self.store, self.host, self.owner = store, host, owner
+        self._heard, self._clock = heard, clock
+        self._observer = Observer(store, store.disk, clock)
+        self._asked: Asked | None = None
+        self._answer: Answer | None = None
+        self._patient_until = 0.0
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """Have `run`, in another thread, raise `Cancelled` soon."""
+        self._cancelled.set()
+
+    def run(self, timeout: float) -> LeaseRecord:
+        """The record under which the disk is the owner's, within ``timeout`` seconds.
+
+        Raises `LeaseHeld` when the disk stays another's, and `Refused` when it is open outside
+        of any lease.
+        """
+        deadline = self._clock() + timeout
+        try:
+            while not self._cancelled.is_set():
+                record = self.store.read()
+                if (mine := self.attempt(record)) is not None:
+                    return mine
+                assert record is not None, "what has no lease can be claimed"
+                self._ask(record)
+                left = deadline - self._clock()
+                if left <= 0:
+                    raise self._held(record)
+                self.store.watch(record.epoch, min(LOOK_EVERY, left))
+            raise Cancelled("cancelled while waiting for a disk", "Its lease is as it was.")
+        finally:
+            if self._asked:
+                self.store.withdraw(self._asked.ticket)
+
+    def attempt(self, record: LeaseRecord | None) -> LeaseRecord | None:
+        """Claim it if the rules allow that now; the record that is ours then."""
+        if record and self._is_mine(record):
+            return record
+        claimed = self._claimed(record)
+        if claimed is None:
+            return None
+        if lock_on(self.store.disk) is Lock.HELD:
+            raise Refused(
+                f"{self.store.disk} is free by its lease, but a QEMU has it open",
+                "It was started outside of promoter's leases. Stop it first.",
+            )
+        if not self.store.compare_and_swap(record.epoch if record else 0, claimed):
+            return None
+        newest = self.store.read()
+        if newest is None or newest.nonce != claimed.nonce:
+            raise CouldNotTell(f"{self.store.disk} was claimed and is another's", "Try again.")
+        return newest
+
+    def _is_mine(self, record: LeaseRecord) -> bool:
+        return record.state is State.HELD and record.owner == self.owner
+
+    def _claimed(self, record: LeaseRecord | None) -> LeaseRecord | None:
+        """The record that the rules allow now."""
+        stamp = new_stamp()
+        with suppress(Illegal):
+            if record is None:
+                return rules.create(self.store.identity(stamp.nonce), self.owner, stamp)
+            unchanged = self._observer.unchanged(record)
+            evidence = self._observer.evidence(record)
+            if record.state in (State.FREE, State.LOANED):
+                return rules.claim(record, self.owner, stamp, unchanged=unchanged)
+            if record.owner and record.owner.host == self.host.name:
+                alive = self.host.lives(record.owner)
+                return rules.resume(
+                    record, self.owner, stamp, process_alive=alive, lock=evidence.lock
+                )
+            return rules.take_over(record, self.owner, evidence, stamp)
+        return None
+
+    def _ask(self, record: LeaseRecord) -> None:
+        """Hear what the owner says, and ask whoever holds the disk now."""
+        answer = self.store.answer_to(self._asked) if self._asked else None
+        if answer and answer != self._answer:
+            self._answer = answer
+            self._heard(answer)
+            self._patient_until = self._clock() + (answer.retry_after or 0)
+        if answer and answer.said is Said.REFUSED:
+            raise self._held(record)
+        asked_for = self._asked.request.epoch if self._asked else 0
+        may_ask = record.epoch != asked_for and self._clock() >= self._patient_until
+        if record.state is State.HELD and may_ask:
+            self._send(Request(new_request_id(), record.epoch, self.owner, new_stamp().wall))
+
+    def _send(self, request: Request) -> None:
+        if self._asked:
+            self._asked = replace(self._asked, request=request)
+            self.store.renew(self._asked)
+        else:
+            self._asked = Asked(self.store.ask(request), request)
+
+    def _held(self, record: LeaseRecord) -> LeaseHeld:
+        return held(self.store, record, self._observer.evidence(record), self._answer)
+
+
+def request(store: LeaseFile, host: Host, timeout: float, heard: Heard) -> LeaseRecord:
+    """Ask a disk's owner to let go, and wait ``timeout`` seconds for it; the free lease.
+
+    Raises `LeaseHeld` when the disk stays its owner's.
+    """
+    record = _existing(store)
+    if record.owner is None:
+        return record
+    asking = Request(new_request_id(), record.epoch, host.owner(), new_stamp().wall)
+    asked = Asked(store.ask(asking), asking)
+    try:
+        answer = _final_answer(store, asked, timeout, heard)
+    finally:
+        store.withdraw(asked.ticket)
+    now = _existing(store)
+    if answer is None or answer.said is not Said.RELEASED:
+        raise held(store, now, Observer(store, store.disk).evidence(now), answer)
+    return now
+
+
+def _final_answer(store: LeaseFile, asked: Asked, timeout: float, heard: Heard) -> Answer | None:
+    last: Answer | None = None
+    deadline = boot_clock() + timeout
+    while boot_clock() < deadline:
+        answer = store.answer_to(asked)
+        if answer and answer != last:
+            last = answer
+            heard(answer)
+        if answer and answer.said is not Said.ACCEPTED:
+            return answer
+        time.sleep(ANSWER_EVERY)
+    return last
+
+
+def held(
+    store: LeaseFile, record: LeaseRecord, evidence: Evidence, answer: Answer | None
+) -> LeaseHeld:
+    """Why the disk cannot be had."""
+    said = f"it answered {answer.said}: {answer.why}" if answer else "it did not answer"
+    if record.grant and not record.owner:
+        who = f"promised to host {record.grant.host}"
+    else:
+        who = f"held by {describe(record.owner)}; {said}"
+    return LeaseHeld(
+        f"{store.disk} is {who}",
+        f"Of its owner: {rules.EXPLAINED[rules.verdict(evidence)]}."
+        f" See: promoter lease show {store.disk}",
+    )
+
+
+def describe(owner: Owner | None) -> str:
+    """An owner for people."""
+    if owner is None:
+        return "nobody"
+    guest = f" for {owner.guest}" if owner.guest else ""
+    process = f", process {owner.pid}" if owner.pid else ""
+    return f"host {owner.host}{process}{guest}"
+
+
+def let_go(store: LeaseFile, host: Host, *, node_gone: bool = True) -> LeaseRecord:
+    """Mark a disk of ours free, when it is proved closed, for the first who waits for it.
+
+    Raises `Illegal` when it is not ours, or not closed.
+    """
+    while True:
+        record = _existing(store)
+        closed = Closed(node_gone, locks_free=lock_on(store.disk) is Lock.FREE)
+        grant = _grant(store, record)
+        freed = rules.free(record, host.name, closed, new_stamp(), grant)
+        if store.compare_and_swap(record.epoch, freed):
+            return freed
+
+
+def _grant(store: LeaseFile, record: LeaseRecord) -> Grant | None:
+    asked = store.requests()
+    served = next((a.request for a in asked if a.request.id == record.request), None)
+    first = served or rules.first_in_queue([a.request for a in asked], record.epoch)
+    return Grant(first.requester.host, first.id, rules.GRANT_SECONDS) if first else None
+
+
+def release(store: LeaseFile, host: Host) -> LeaseRecord:
+    """Let go of a disk that no process holds any more."""
+    record = _existing(store)
+    if record.owner and host.lives(record.owner):
+        raise Refused(
+            f"{store.disk} is held by {describe(record.owner)}, which runs",
+            f"End it, or ask it: promoter lease request {store.disk}",
+        )
+    return let_go(store, host)
+
+
+def break_lease(
+    store: LeaseFile, epoch: int, reason: str, host: Host, state: Path
+) -> tuple[LeaseRecord, bool]:
+    """An operator takes the lease from its owner; and was that host fenced?
+
+    Refused while a QEMU has the disk open, whatever the operator says.
+    """
+    record = store.read_any()
+    if record is None:
+        raise Refused(f"{store.disk} has no lease", "There is nothing to break.")
+    rules.break_lease(record, epoch, Lock.FREE, reason, new_stamp())  # before anything is fenced
+    owner = record.responsible
+    other = owner is not None and owner.host != host.name
+    fenced = bool(owner and other and fence(state, owner.host, store.disk, epoch))
+    note = f"{reason} (by host {host.name}, {'fenced' if fenced else 'not fenced'})"
+    broken = rules.break_lease(record, epoch, lock_on(store.disk), note, new_stamp())
+    broken = rules.repin(broken, store.identity(record.disk.uuid))
+    if not store.compare_and_swap(epoch, broken):
+        raise Illegal(f"the lease of {store.disk} has moved on", "Look at it again.")
+    return broken, fenced
+
+
+def _existing(store: LeaseFile) -> LeaseRecord:
+    record = store.read()
+    if record is None:
+        raise Refused(f"{store.disk} has no lease", f"See: promoter lease acquire {store.disk}")
+    return record
+
+
+def look(store: LeaseFile) -> tuple[LeaseRecord | None, Lock, str, int]:
+    """The record, the image lock, the kind of storage, and how many wait."""
+    return (
+        store.read_any(),
+        lock_on(store.disk),
+        storage_of(store.disk),
+        len(store.requests()),
+    )

@@ -1,0 +1,357 @@
+"""Every interleaving of three hosts over one lease, with the real rules of `lease/record.py`.
+
+A world is the newest record and what each host is: well, stalled (its agent stands still, its
+QEMU goes on), cut off from the storage, or dead; what it has read, perhaps long ago; what it
+believes; whether its QEMU has the disk open, and whether the storage still has its lock. On
+network storage being cut off takes the lock away from a QEMU that may write on: the worst that
+can be. `explore` looks for a world in which two guests write. A guard is a rule or a habit that
+can be left out, to see whether the search would notice.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from enum import Enum, IntEnum
+from functools import cache
+from typing import Generic, NamedTuple, TypeVar
+
+from promoter.lease import record as rules
+from promoter.lease.record import (
+    Beat,
+    Closed,
+    DiskIdentity,
+    Evidence,
+    Grant,
+    Illegal,
+    LeaseRecord,
+    Lock,
+    Owner,
+    Stamp,
+    Storage,
+    Verdict,
+)
+
+HOSTS = range(3)
+Value = TypeVar("Value")
+CLOSED = Closed(node_gone=True, locks_free=True)
+
+
+class Guard(Enum):
+    """What can be left out. The last four are in the rules' own code; the model calls them
+    with a lie there, or with a table in which the verdict is another.
+    """
+
+    ATOMIC_CLAIM = "a record is written only if the epoch is still the one that was read"
+    OPEN_AFTER_CLAIM = "a disk is opened only under a claim of one's own"
+    IMAGE_LOCK = "a disk is opened with QEMU's image lock"
+    RESUME_IS_AN_EPOCH = "a host that comes back takes a new epoch"
+    MARK_AFTER_CLOSE = "a disk is marked free only when it is proved closed"
+    OWNER_FREES = "nobody but the owner marks a disk free"
+    EVIDENCE_OF_EPOCH = "what was seen of one epoch says nothing of another"
+    MOVING_IS_ALIVE = "nothing is taken from a host whose heart beats"
+    LOCKED_IS_OPEN = "nothing is taken that a QEMU has open"
+    NETWORK_IS_FENCED = "on network storage silence does not suffice"
+
+
+class Condition(IntEnum):
+    WELL = 0
+    STALLED = 1
+    CUT = 2
+    DEAD = 3
+
+
+class Host(NamedTuple):
+    """`view` is the number of a record that it once read, `evidence` that of what it has seen
+    of that record's owner, if it lets the disk be taken; `claimed`: it thinks the disk its own.
+    """
+
+    boot: int = 0
+    condition: Condition = Condition.WELL
+    view: int = 0
+    evidence: int = 0
+    claimed: bool = False
+    open: bool = False
+    lock: bool = False
+
+
+class World(NamedTuple):
+    """`record` is the number of the newest record, 0 for none; `faults` may still happen."""
+
+    record: int
+    faults: int
+    hosts: tuple[Host, ...]
+
+
+class Around(NamedTuple):
+    """What a host's next moves depend on besides itself."""
+
+    record: int
+    locked: bool  # by others
+    well: tuple[bool, ...]
+
+
+class Move(NamedTuple):
+    """What a host does: it becomes `host`, writes `record`, costs a fault, kills another."""
+
+    name: str
+    host: Host
+    record: int
+    faults: int = 0
+    kills: int | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """How a search ended: the moves to a world in which two guests write, if there is one."""
+
+    worlds: int
+    moves: tuple[str, ...] | None
+
+
+def explore(
+    storage: Storage, without: Guard | None = None, *, faults: int, epochs: int, most: int
+) -> Found:
+    """Breadth first, until two guests write or there is nothing new.
+
+    Raises AssertionError after ``most`` worlds: then the bounds are too wide, and nothing is
+    proved.
+    """
+    model = Model(storage, without, epochs)
+    first = World(0, faults, (Host(),) * len(HOSTS))
+    came: dict[World, tuple[str, World] | None] = {first: None}
+    todo = deque([first])
+    while todo:
+        world = todo.popleft()
+        for name, after in model.moves(world):
+            if after in came:
+                continue
+            came[after] = (name, world)
+            todo.append(after)
+            if sum(host.open for host in after.hosts) > 1:
+                return Found(len(came), tuple(way_to(after, came)))
+        assert len(came) <= most, f"more than {most} worlds"
+    return Found(len(came), None)
+
+
+def way_to(world: World, came: dict[World, tuple[str, World] | None]) -> list[str]:
+    names: list[str] = []
+    while (step := came[world]) is not None:
+        name, world = step
+        names.insert(0, name)
+    return names
+
+
+@cache
+def owner(number: int, boot: int) -> Owner:
+    return Owner(f"host{number}", f"boot{boot}")
+
+
+class Table(Generic[Value]):
+    """Values by number, so that a world is made of numbers; 0 is none."""
+
+    def __init__(self) -> None:
+        self.values: list[Value | None] = [None]
+        self.numbers: dict[Value, int] = {}
+
+    def number(self, value: Value | None) -> int:
+        if value is None:
+            return 0
+        if value not in self.numbers:
+            self.numbers[value] = len(self.values)
+            self.values.append(value)
+        return self.numbers[value]
+
+
+class Model:
+    """The moves there are; `without` is the guard that is left out."""
+
+    def __init__(self, storage: Storage, without: Guard | None, epochs: int) -> None:
+        self.storage, self.without, self.epochs = storage, without, epochs
+        self.records: Table[LeaseRecord] = Table()
+        self.evidences: Table[Evidence] = Table()
+        self.cached: dict[tuple[int, Host, Around], list[Move]] = {}
+
+    def moves(self, world: World) -> Iterator[tuple[str, World]]:
+        well = tuple(host.condition is Condition.WELL for host in world.hosts)
+        for number, host in enumerate(world.hosts):
+            locked = any(h.lock for other, h in enumerate(world.hosts) if other != number)
+            key = (number, host, Around(world.record, locked, well))
+            if key not in self.cached:
+                self.cached[key] = list(self.moves_of(*key))
+            for move in self.cached[key]:
+                if move.faults <= world.faults:
+                    yield f"{number} {move.name}", after(world, number, move)
+
+    def moves_of(self, number: int, host: Host, around: Around) -> Iterator[Move]:
+        record = around.record
+        match host.condition:
+            case Condition.WELL:
+                yield from self.agents_moves(number, host, around)
+                yield from self.faults(number, host, record)
+            case Condition.STALLED | Condition.CUT:
+                yield Move("recovers", host._replace(condition=Condition.WELL), record)
+            case Condition.DEAD:
+                yield Move("boots", Host(boot=host.boot + 1), record)
+        if host.open:
+            yield Move("closes", host._replace(open=False, lock=False), record)
+
+    def faults(self, number: int, host: Host, record: int) -> Iterator[Move]:
+        yield Move("dies", dead(host), record, faults=1)
+        yield Move("stalls", host._replace(condition=Condition.STALLED), record, faults=1)
+        if self.storage is Storage.NETWORK:
+            cut = host._replace(condition=Condition.CUT, lock=False)
+            yield Move("is cut off", cut, record, faults=1)
+
+    def agents_moves(self, number: int, host: Host, around: Around) -> Iterator[Move]:
+        record = around.record
+        if host.view != record:
+            kept = host.evidence if self.without is Guard.EVIDENCE_OF_EPOCH else 0
+            yield Move("reads", host._replace(view=record, evidence=kept), record)
+        may = host.claimed or self.without is Guard.OPEN_AFTER_CLAIM
+        unlocked = not around.locked or self.without is Guard.IMAGE_LOCK
+        if may and not host.open and unlocked:
+            yield Move("opens", host._replace(open=True, lock=not around.locked), record)
+        yield from self.looks(number, host, around)
+        yield from self.writes(number, host, around)
+
+    def looks(self, number: int, host: Host, around: Around) -> Iterator[Move]:
+        """At the heartbeat and the lock of whom it believes to be the owner, or fences it."""
+        view = self.records.values[host.view]
+        if view is None or view.owner is None or view.owner.host == owner(number, 0).host:
+            return
+        other = int(view.owner.host[-1])
+        beat = Beat.MOVING if around.well[other] else Beat.STOPPED
+        lock = Lock.HELD if around.locked or host.lock else Lock.FREE
+        before = self.evidences.values[host.evidence]
+        fenced = bool(before and before.fenced)
+        seen = Evidence(view.epoch, beat, lock, self.storage, fenced)
+        if rules.verdict(seen) is Verdict.TAKE:
+            number_of_it = self.evidences.number(seen)
+            yield Move(f"looks at {other}", host._replace(evidence=number_of_it), around.record)
+        if not around.well[other] and self.storage is Storage.NETWORK and not fenced:
+            known = self.evidences.number(replace(seen, fenced=True))
+            fencing = host._replace(evidence=known)
+            yield Move(f"fences {other}", fencing, around.record, kills=other)
+
+    def writes(self, number: int, host: Host, around: Around) -> Iterator[Move]:
+        stale = host.view != around.record and self.without is not Guard.ATOMIC_CLAIM
+        view = self.records.values[host.view]
+        if stale or (view is not None and view.epoch >= self.epochs):
+            return
+        lock = Lock.HELD if around.locked or host.lock else Lock.FREE
+        for step in STEPS:
+            if step is create and not around.record and number:
+                continue  # the hosts are alike: call the first to write 0
+            try:
+                written = step(view, owner(number, host.boot), host, lock, self)
+            except Illegal:
+                continue
+            if written is None:
+                continue
+            if step is resume and self.without is Guard.RESUME_IS_AN_EPOCH:
+                yield Move("goes on", host._replace(claimed=True), around.record)
+                continue
+            new = self.records.number(written)
+            mine = written.owner is not None
+            yield Move(step.__name__, host._replace(view=new, evidence=0, claimed=mine), new)
+
+
+def after(world: World, number: int, move: Move) -> World:
+    hosts = list(world.hosts)
+    hosts[number] = move.host
+    if move.kills is not None:
+        hosts[move.kills] = dead(hosts[move.kills])
+    return World(move.record, world.faults - move.faults, tuple(hosts))
+
+
+def dead(host: Host) -> Host:
+    return Host(boot=host.boot, condition=Condition.DEAD)
+
+
+Write = Callable[[LeaseRecord | None, Owner, Host, Lock, Model], LeaseRecord | None]
+
+
+def stamp(me: Owner) -> Stamp:
+    return Stamp(f"{me.host}-{me.boot}", "")
+
+
+def create(
+    view: LeaseRecord | None, me: Owner, _: Host, __: Lock, ___: Model
+) -> LeaseRecord | None:
+    return None if view else rules.create(DiskIdentity("disk", 1, 1), me, stamp(me))
+
+
+def claim(view: LeaseRecord | None, me: Owner, _: Host, __: Lock, ___: Model) -> LeaseRecord | None:
+    return rules.claim(view, me, stamp(me)) if view else None
+
+
+def claim_late(
+    view: LeaseRecord | None, me: Owner, _: Host, __: Lock, ___: Model
+) -> LeaseRecord | None:
+    """When what was promised to another has lapsed."""
+    return rules.claim(view, me, stamp(me), unchanged=1e6) if view and view.grant else None
+
+
+def lend(view: LeaseRecord | None, me: Owner, host: Host, _: Lock, __: Model) -> LeaseRecord | None:
+    """To the next host, with a guest that waits."""
+    if view is None or host.open:
+        return None
+    borrower = owner((int(me.host[-1]) + 1) % len(HOSTS), 0).host
+    return rules.lend(view, me.host, CLOSED, Grant(borrower, "request", 30), stamp(me))
+
+
+def resume(
+    view: LeaseRecord | None, me: Owner, host: Host, lock: Lock, _: Model
+) -> LeaseRecord | None:
+    alive = host.claimed
+    return rules.resume(view, me, stamp(me), process_alive=alive, lock=lock) if view else None
+
+
+def release(
+    view: LeaseRecord | None, me: Owner, _: Host, __: Lock, ___: Model
+) -> LeaseRecord | None:
+    return rules.release(view, me.host, "request", stamp(me)) if view else None
+
+
+def roll_back(
+    view: LeaseRecord | None, me: Owner, _: Host, __: Lock, ___: Model
+) -> LeaseRecord | None:
+    return rules.roll_back(view, me.host, stamp(me)) if view else None
+
+
+def free(
+    view: LeaseRecord | None, me: Owner, host: Host, _: Lock, model: Model
+) -> LeaseRecord | None:
+    if view is None:
+        return None
+    by = view.owner if model.without is Guard.OWNER_FREES and view.owner else me
+    closed = CLOSED
+    if host.open and model.without is not Guard.MARK_AFTER_CLOSE:
+        closed = Closed(node_gone=False, locks_free=False)
+    return rules.free(view, by.host, closed, stamp(me))
+
+
+def take_over(
+    view: LeaseRecord | None, me: Owner, host: Host, _: Lock, model: Model
+) -> LeaseRecord | None:
+    evidence = model.evidences.values[host.evidence]
+    if view is None or evidence is None:
+        return None
+    if model.without is Guard.EVIDENCE_OF_EPOCH:
+        evidence = replace(evidence, epoch=view.epoch)
+    return rules.take_over(view, me, evidence, stamp(me))
+
+
+STEPS: tuple[Write, ...] = (
+    create,
+    claim,
+    claim_late,
+    resume,
+    release,
+    roll_back,
+    free,
+    lend,
+    take_over,
+)

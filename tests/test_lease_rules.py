@@ -1,0 +1,37 @@
+"""The rules of `lease/record.py`, over every interleaving of three hosts (`lease_model.py`)."""
+
+from __future__ import annotations
+
+import pytest
+
+from promoter.lease import record as rules
+from promoter.lease.record import Beat, Lock, Storage, Verdict
+from tests.lease_model import Guard, explore
+
+VERDICTS = {
+    Guard.MOVING_IS_ALIVE: (Beat.MOVING, Lock.FREE, Storage.NETWORK),
+    Guard.LOCKED_IS_OPEN: (Beat.STOPPED, Lock.HELD, Storage.NETWORK),
+    Guard.NETWORK_IS_FENCED: (Beat.STOPPED, Lock.FREE, Storage.NETWORK),
+}
+
+
+@pytest.mark.parametrize("storage", Storage)
+@pytest.mark.parametrize(
+    ("faults", "epochs"),
+    [(1, 4), (2, 3), pytest.param(2, 4, marks=pytest.mark.nightly)],
+)
+def test_two_guests_never_write_one_disk(storage: Storage, faults: int, epochs: int) -> None:
+    found = explore(storage, faults=faults, epochs=epochs, most=1_000_000)
+    assert found.moves is None
+    assert found.worlds > 5000
+
+
+@pytest.mark.parametrize("guard", Guard)
+def test_without_any_one_guard_two_guests_write_one_disk(
+    guard: Guard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage.LOCAL if guard is Guard.IMAGE_LOCK else Storage.NETWORK
+    if guard in VERDICTS:
+        monkeypatch.setitem(rules.TAKEOVER, VERDICTS[guard], Verdict.TAKE)
+    found = explore(storage, guard, faults=2, epochs=3, most=1_000_000)
+    assert found.moves, guard.value
