@@ -25,7 +25,8 @@ from promoter.operations.journal import Journal, OperationStatus, new_id
 from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import Plan
 from promoter.operations.promote import INTENT, PromoteOperation
-from promoter.operations.promotion import Choices, Promotion
+from promoter.operations.promotion import Choices, DiskIntent, Promotion
+from promoter.storage.names import Named
 from promoter.storage.siblings import Siblings, find_siblings
 
 Planner = Callable[[Guest, str, Choices], Awaitable[Plan]]
@@ -145,7 +146,12 @@ async def resume(identity: str | None, state: Path, output: Output) -> None:
 
 def _leaves_spare(intent: str) -> bool:
     promotion = INTENT.validate_json(intent)
-    return promotion.tidied and any(disk.names.spares() for disk in promotion.disks)
+    return promotion.tidied and any(map(_has_spare, promotion.disks))
+
+
+def _has_spare(disk: DiskIntent) -> bool:
+    """Is its new disk still the guest's, by a second name? If not, a later operation's it is."""
+    return disk.names.look(disk.new) is Named.NEW and bool(disk.names.spares())
 
 
 async def _resume(journal: Journal, identity: str, output: Output) -> None:

@@ -7,7 +7,7 @@ from promoter.chain import Disk
 from promoter.guests.base import GuestView
 from promoter.operations.plan import same_files
 from promoter.operations.promotion import Active, DiskIntent, DiskSeen, Job, Target, Way
-from promoter.storage.files import file_id, stamp
+from promoter.storage.files import stamp
 from promoter.storage.images import backing_name
 from promoter.storage.names import Named
 
@@ -33,9 +33,7 @@ def _named(intent: DiskIntent, view: GuestView | None, disk: Disk | None) -> Nam
         return _in_header(intent)
     if intent.names.defined:
         return _defined(intent, view, disk)
-    if intent.commits:
-        return intent.names.look(file_id(intent.names.target))
-    return intent.names.look(intent.seeded.id if intent.seeded else None)
+    return intent.names.look(intent.new)
 
 
 def _in_header(intent: DiskIntent) -> Named:
