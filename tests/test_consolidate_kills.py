@@ -131,6 +131,8 @@ def prove_after(case: Case, cell: Cell) -> None:
     qemu_died = "qemu" in cell.whom or cell.whom.startswith("both")
     if qemu_died:
         wait_for(lambda: is_gone(guest), "the guest's end", 30)
+        if isinstance(guest, VM):
+            guest.wait()
         if not cell.whom.endswith("resumed first"):
             guest.start()
             guest.wait_for_acks(20)

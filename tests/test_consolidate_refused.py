@@ -105,9 +105,10 @@ def test_a_layer_that_a_sibling_reads_is_never_written_to(
 # --- bad input ----------------------------------------------------------------------------------
 
 
-def small_chain(directory: Path, name: str, **sizes: int) -> list[Path]:
-    """`NAME-base`, `NAME-mid` and `NAME`, each on the one before."""
+def small_chain(directory: Path, name: str) -> list[Path]:
+    """`NAME-base`, which has data, `NAME-mid` on it, and the name for one above."""
     lowest = blank(directory / f"{name}-base.qcow2", SMALL)
+    subprocess.run(["qemu-io", "-c", f"write -q -P 7 0 {MIB}", str(lowest)], check=True)
     middle = linked_clone(lowest, directory / f"{name}-mid.qcow2")
     return [lowest, middle, directory / f"{name}.qcow2"]
 

@@ -325,8 +325,9 @@ def ready(world: World) -> list[World]:
         case Way.COMMIT_BELOW:
             merged = replace(world, writes_on=BOTH)
             named = merged.with_seen(named=Named.NEW)  # QEMU rewrites the header, then the graph
+            dead = replace(named, seen=after_death(named.seen), alive=False)
             ended = named.with_seen(active=Active.NEW, job=Job.DONE, unchanged=False)
-            return [merged, ended]
+            return [merged, dead, ended]
         case _:
             return [world.with_seen(job=Job.READY)]
 
