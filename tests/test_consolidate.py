@@ -199,7 +199,7 @@ def test_beside_makes_a_new_disk_and_writes_into_none(
         case.prove_at_rest()
         if where == "elsewhere" and case.plain:
             guest.shutdown()
-            case.disks[0] = Disk(target)
+            case.active = target
             case.prove_disk(2)
         else:
             case.prove_boots(2)
