@@ -18,7 +18,6 @@ from tests.vm import (
     MIB,
     SPARE_OFFSET,
     VM,
-    Disk,
     base,
     blank,
     chain,
