@@ -2,8 +2,8 @@
 
 POINT is a step of the journal ("before mirror") or a place inside the commit point; WHOM is
 killed there: promoter, qemu or libvirtd (PID), both, "promoter and guard", or "hang": promoter
-is stopped, not killed. Inside a domain's switchover (`struck_suspended.py`) PID is libvirtd's, and
-WHOM promoter, libvirtd, itself, or some of them. Only here does anything reach into promoter.
+is stopped, not killed. Inside what a process of its own does (`struck_suspended.py`) WHOM is
+promoter, itself, the one of PID, or some of them. Only here does anything reach into promoter.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ INSIDE: dict[str, tuple[Any, str, bool]] = {
 }
 AT_A_START: dict[str, tuple[Any, str, bool]] = {  # of a mirror that a QEMU bug makes a stop for
     "stopped": (QmpGuest, "stop", False),
-    "starting": (QmpGuest, "mirror", False),
+    "starting": (QmpGuest, "begin", False),
 }
 POINTS = (*(f"before {do.name}" for do in STEPS), *INSIDE, "after TIDY")
 

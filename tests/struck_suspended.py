@@ -1,6 +1,6 @@
-"""promoter's process for a domain's switchover, struck at one point: see `struck.py`.
+"""promoter's process for a guest that is suspended, struck at one point: see `struck.py`.
 
-The environment's STRIKE says where, who is killed there, and libvirtd's PID.
+The environment's STRIKE says where, who is killed there, and the PID of libvirtd or QEMU.
 """
 
 from __future__ import annotations
@@ -10,15 +10,28 @@ import signal
 from contextlib import suppress
 
 from promoter.guests.libvirt import LibvirtGuest
+from promoter.guests.qmp import QmpGuest
 from promoter.operations import suspended
+from promoter.storage.names import Names
 from tests.struck import striking
 
-POINTS = {"suspended": "stop", "pivoted": "pivot", "defined": "define"}
+POINTS = {  # after which function of which class; a snapshot's where the guest is of either kind
+    "suspended": (LibvirtGuest, "stop"),
+    "pivoted": (LibvirtGuest, "pivot"),
+    "defined": (LibvirtGuest, "define"),
+    "overlays": (LibvirtGuest, "snapshot"),
+    "overlay open": (QmpGuest, "attach"),
+    "standing": (QmpGuest, "stop"),
+    "reopened": (QmpGuest, "drop"),
+    "snapshotted": (QmpGuest, "snapshot"),
+    "settled": (Names, "settle"),
+}
 
 
 def main() -> None:
-    point, whom, libvirtd = os.environ["STRIKE"].split(",")
-    victims = {"promoter": os.getppid(), "itself": os.getpid(), "libvirtd": int(libvirtd)}
+    point, whom, other = os.environ["STRIKE"].split(",")
+    victims = {"libvirtd": int(other), "qemu": int(other)}
+    victims |= {"promoter": os.getppid(), "itself": os.getpid()}
 
     def hit() -> None:
         for name, pid in victims.items():
@@ -26,8 +39,8 @@ def main() -> None:
                 with suppress(ProcessLookupError):  # struck before
                     os.kill(pid, signal.SIGKILL)
 
-    name = POINTS[point]
-    setattr(LibvirtGuest, name, striking(getattr(LibvirtGuest, name), hit, before=False))
+    owner, name = POINTS[point]
+    setattr(owner, name, striking(getattr(owner, name), hit, before=False))
     suspended.main()
 
 

@@ -38,7 +38,7 @@ from promoter.operations.preflight import (
 )
 from promoter.operations.promotion import Choices, DiskIntent, Kind, Way
 from promoter.operations.snapshot import DELTA
-from promoter.storage.files import file_id
+from promoter.storage.files import file_id, stamp
 from promoter.storage.names import SPARE, Names, boot_name, merged_name
 from promoter.storage.seed import Geometry, SeedMethod
 from promoter.storage.siblings import Siblings, find_siblings
@@ -179,6 +179,7 @@ def _commit(
         below=stamps(disk.chain),
         options=disk.options,
         names=names,
+        seeded=stamp(file_of(target)),
         method=SeedMethod.NONE,
         geometry=Geometry(target.format),
         required=sum(image.allocated for image in disk.chain.images[top:into]),

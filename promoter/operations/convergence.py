@@ -18,7 +18,8 @@ WINDOW = 1.5
 LEAST_LIMIT = 16 * 1024
 """The guest's writes are never slowed below this, in bytes per second."""
 ENOUGH = 0.8
-"""What is left must shrink to this part of itself within a window, or the writes are slowed."""
+"""What is left must shrink to this part of itself within a window, or the guest must write no more
+than half of what is copied, or its writes are slowed."""
 ASSUMED_RATE = 32 * 1024 * 1024
 
 
@@ -56,7 +57,8 @@ class Convergence:
     def tighten(self) -> bool:
         """Set a lower ``limit`` if the copy gains too little on the guest; was it lowered?"""
         began, done, total = self._samples[0]
-        if self._samples[-1][0] - began < WINDOW or self.left <= ENOUGH * (total - done):
+        gains = self.left <= ENOUGH * (total - done) or self.dirty_rate <= self.copy_rate / 2
+        if gains or self._samples[-1][0] - began < WINDOW:
             return False
         slower = min(self.limit or self.dirty_rate, self.dirty_rate or LEAST_LIMIT) / 2
         lowered = max(LEAST_LIMIT, int(min(slower, self._fastest or slower)))

@@ -7,7 +7,7 @@ from promoter.chain import Disk
 from promoter.guests.base import GuestView
 from promoter.operations.plan import same_files
 from promoter.operations.promotion import Active, DiskIntent, DiskSeen, Job, Target, Way
-from promoter.storage.files import file_id, stamp
+from promoter.storage.files import stamp
 from promoter.storage.images import backing_name
 from promoter.storage.names import Named
 
@@ -30,16 +30,19 @@ def observe(intent: DiskIntent, view: GuestView | None) -> DiskSeen:
 
 def _named(intent: DiskIntent, view: GuestView | None, disk: Disk | None) -> Named:
     if intent.way is Way.COMMIT_BELOW:
-        return _in_header(intent)
+        return _in_header(intent, disk)
     if intent.names.defined:
         return _defined(intent, view, disk)
-    if intent.commits:
-        return intent.names.look(file_id(intent.names.target))
-    return intent.names.look(intent.seeded.id if intent.seeded else None)
+    return intent.names.look(intent.new)
 
 
-def _in_header(intent: DiskIntent) -> Named:
-    """What lies below the layer above the commit, going by that one's header."""
+def _in_header(intent: DiskIntent, disk: Disk | None) -> Named:
+    """What lies below the layer above the commit, going by that one's header.
+
+    QEMU rewrites it before it changes its graph, and the look at that may have come before.
+    """
+    if disk and {i.file for i in intent.gone} & {i.file for i in disk.chain}:
+        return Named.OLD
     above, top = (intent.chain.images[i].file for i in (intent.top - 1, intent.top))
     assert above, "checked to be a local file"
     assert top, "checked to be a local file"

@@ -701,7 +701,10 @@ class PromoteOperation:
         while commits and await self._alive.status() == "running":
             await asyncio.sleep(SLOW_EVERY)
             for disk in commits:
-                await self._slow(disk)
+                job = await self._alive.job(disk.job)
+                if job and job.status not in READY | ENDED:
+                    self._convergences[disk.job].add(time.monotonic(), job.done, job.total)
+                    await self._slow(disk)
 
     async def _cancel_job(self, disk: DiskIntent) -> None:
         self._expected_cancels.add(disk.node)

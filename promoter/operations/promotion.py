@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum, StrEnum
 from pathlib import Path
 
-from promoter.chain import BackingChain, DiskOptions, FileStamp, Image
+from promoter.chain import BackingChain, DiskOptions, FileId, FileStamp, Image
 from promoter.storage.names import Named, Names
 from promoter.storage.seed import Geometry, Preallocation, SeedMethod
 
@@ -159,6 +159,11 @@ class DiskIntent:
                 return ()
             case _:
                 return self.chain.images[self.top : self.into]
+
+    @property
+    def new(self) -> FileId | None:
+        """The file that the guest is to have: ``seeded`` once it is made, or a layer's."""
+        return self.seeded.id if self.seeded else None
 
     @property
     def node(self) -> str:

@@ -151,12 +151,17 @@ async def _snapshot(
     try:
         await guest.snapshot(snapshots)
     finally:
-        view = await guest.look()
         if isinstance(guest, Domain):
             await _make_durable(guest)
-        elif all(_is_on(view, spec.disk, spec.overlay) for spec in snapshots):
-            for each in names:
-                each.settle()
+        else:
+            await _settle(guest, snapshots, names)
+
+
+async def _settle(guest: Guest, snapshots: Sequence[SnapshotSpec], names: Sequence[Names]) -> None:
+    view = await guest.look()
+    if all(_is_on(view, spec.disk, spec.overlay) for spec in snapshots):
+        for each in names:
+            each.settle()
 
 
 async def define(domain: Domain, disks: Mapping[str, DefinedDisk]) -> None:
