@@ -405,6 +405,8 @@ class PromoteOperation:
                 jobs = (await self._alive.look()).jobs
                 for disk in ready:
                     self._report(disk).mirrored_bytes = jobs[disk.job].done
+                    if disk.names.target.is_file():  # QEMU flushes it while the guest stands still
+                        await asyncio.to_thread(sync, disk.names.target)
                 await self._switch_over(ready)
             case Do.TIDY:
                 await self._tidy()
