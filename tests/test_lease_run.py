@@ -261,7 +261,7 @@ def holder(disk: Path, log: Path, name: str) -> list[object]:
     return [sys.executable, "-m", "tests.lease_holder", disk, log, name]
 
 
-@pytest.mark.parametrize("rounds", [len(FAULTS), pytest.param(100, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("rounds", [len(FAULTS), pytest.param(50, marks=pytest.mark.nightly)])
 def test_whatever_dies_the_disk_has_one_user_and_can_be_had_again(
     hosts: Hosts, disk: Path, tmp_path: Path, rounds: int
 ) -> None:
