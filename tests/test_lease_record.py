@@ -160,6 +160,7 @@ def test_the_last_epoch_is_the_end_and_not_the_first_again() -> None:
         (HELD, Holding("host-one", Policy.CLOSE, held_for=1, at_least=5), 1, Said.BUSY),
         (RELEASING, Holding("host-one", Policy.CLOSE), 1, Said.ACCEPTED),
         (replace(RELEASING, request="r2"), Holding("host-one", Policy.CLOSE), 1, Said.BUSY),
+        (replace(RELEASING, request="r2"), Holding("host-one", Policy.CLOSE), 7, Said.NOT_OWNER),
         (FREE, Holding("host-one", Policy.CLOSE), 1, Said.RELEASED),
         (LOANED, Holding("host-one", Policy.CLOSE), 1, Said.RELEASED),
     ],

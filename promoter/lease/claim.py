@@ -5,6 +5,7 @@ Each act reads, asks the rules, writes if the epoch is still the same, and else 
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -140,17 +141,31 @@ class Acquisition:
         asked_for = self._asked.request.epoch if self._asked else 0
         may_ask = record.epoch != asked_for and self._clock() >= self._patient_until
         if record.state is State.HELD and may_ask:
-            self._send(Request(new_request_id(), record.epoch, self.owner, new_stamp().wall))
+            self._send(_new_request(record, self.host))
 
     def _send(self, request: Request) -> None:
         if self._asked:
             self._asked = replace(self._asked, request=request)
             self.store.renew(self._asked)
         else:
+            withdraw_orphans(self.store, self.host)
             self._asked = Asked(self.store.ask(request), request)
 
     def _held(self, record: LeaseRecord) -> LeaseHeld:
         return held(self.store, record, self._observer.evidence(record), self._answer)
+
+
+def _new_request(record: LeaseRecord, host: Host) -> Request:
+    me = host.owner(process=os.getpid())
+    return Request(new_request_id(), record.epoch, me, new_stamp().wall)
+
+
+def withdraw_orphans(store: LeaseFile, host: Host) -> None:
+    """Take away what processes of this host asked for that are gone."""
+    for asked in store.requests():
+        requester = asked.request.requester
+        if requester.host == host.name and not host.lives(requester):
+            store.withdraw(asked.ticket)
 
 
 def request(store: LeaseFile, host: Host, timeout: float, heard: Heard) -> LeaseRecord:
@@ -161,7 +176,8 @@ def request(store: LeaseFile, host: Host, timeout: float, heard: Heard) -> Lease
     record = _existing(store)
     if record.owner is None:
         return record
-    asking = Request(new_request_id(), record.epoch, host.owner(), new_stamp().wall)
+    withdraw_orphans(store, host)
+    asking = _new_request(record, host)
     asked = Asked(store.ask(asking), asking)
     try:
         answer = _final_answer(store, asked, timeout, heard)

@@ -619,7 +619,8 @@ def answer(record: LeaseRecord | None, request: Request, holding: Holding) -> An
     if record.state is State.RELEASING and _is_host(record.owner, holding.host):
         if record.request == request.id:
             return say(Said.ACCEPTED)
-        return say(Said.BUSY, "it is being released to another", retry_after=1)
+        if request.epoch == record.epoch - 1:
+            return say(Said.BUSY, "it is being released to another", retry_after=1)
     if not _is_host(record.owner, holding.host):
         return say(Said.NOT_OWNER)
     if request.epoch != record.epoch:

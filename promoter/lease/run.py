@@ -37,6 +37,7 @@ PATIENCE = 120.0
 """Seconds for a guest to go down, or to give up a disk, when it is asked to."""
 RETRY_AFTER = 5.0
 LOCKING_OFF = re.compile(r"\blocking\W{1,5}off\b")
+OLD_EPOCHS = 16
 FINAL = (Said.REFUSED, Said.RELEASED)
 Say = Callable[[str, Path, str], None]
 
@@ -177,6 +178,9 @@ class LeasedRun:
         for asked in waiting:
             before = self._said.get(asked.request.id)
             if record is None or (before and before.said in FINAL):
+                continue
+            if asked.request.epoch + OLD_EPOCHS < record.epoch:
+                store.withdraw(asked.ticket)  # who waits asks again at every epoch
                 continue
             answer = rules.answer(record, asked.request, Holding(self.host.name, self.spec.policy))
             if answer.said is Said.NOT_OWNER:
