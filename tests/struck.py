@@ -20,8 +20,8 @@ from typing import Any
 from promoter.cli.main import app
 from promoter.guests.qmp import QmpGuest
 from promoter.operations import suspended
-from promoter.operations.promote import PromoteOperation
-from promoter.operations.promotion import Action, Do
+from promoter.operations.move import Action, Do
+from promoter.operations.moving import MoveOperation
 from promoter.storage import seed
 from promoter.storage.names import Names
 
@@ -100,9 +100,9 @@ def install(point: str, hit: Callable[[], None]) -> None:
         setattr(owner, name, striking(getattr(owner, name), hit, before=before))
         return
     when, _, step = point.partition(" ")
-    act = PromoteOperation.act
+    act = MoveOperation.act
 
-    async def struck(self: PromoteOperation, action: Action) -> None:
+    async def struck(self: MoveOperation, action: Action) -> None:
         here = action.do is Do[step]
         if here and when == "before":
             hit()
@@ -110,7 +110,7 @@ def install(point: str, hit: Callable[[], None]) -> None:
         if here and when == "after":
             hit()
 
-    PromoteOperation.act = struck  # type: ignore[method-assign]
+    MoveOperation.act = struck  # type: ignore[method-assign]
 
 
 def main() -> None:

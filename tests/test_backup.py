@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from promoter.operations.backup import Backup, Do, Part, Seen, decide
-from promoter.operations.promotion import Choices
+from promoter.operations.move import Choices
 from tests import records
 from tests.cli import Ran, ended, promoter, start
 from tests.conftest import Make

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from promoter.operations.promotion import Do
+from promoter.operations.move import Do
 from tests import records
 from tests.cli import Ran, ended, promoter, start
 from tests.conftest import Make

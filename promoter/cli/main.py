@@ -13,10 +13,10 @@ from promoter.cli import lease, run
 from promoter.cli.output import choose
 from promoter.guests.libvirt import DEFAULT_URI
 from promoter.operations import consolidate as consolidation
-from promoter.operations import plan
+from promoter.operations import promote as promotion
 from promoter.operations import snapshot as snapshots
 from promoter.operations.journal import Journal, state_directory
-from promoter.operations.promotion import Choices, CopyMode, Loss, Old
+from promoter.operations.move import Choices, CopyMode, Loss, Old
 from promoter.storage.seed import LEAST_EXTENDED, Preallocation, SeedMethod
 
 app = typer.Typer(
@@ -251,7 +251,7 @@ def promote(
         adopt=adopt,
     )
     output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
-    work = run.perform(plan.plan, guest, connect, choices, state, output, dry_run=dry_run)
+    work = run.perform(promotion.plan, guest, connect, choices, state, output, dry_run=dry_run)
     run.finish(work, output)
 
 

@@ -26,9 +26,9 @@ from promoter.errors import PromoterError, as_fields, from_fields
 from promoter.guests.base import GuestView
 from promoter.operations.backup import KIND, Copied
 from promoter.operations.journal import Entry, OperationStatus, Step
+from promoter.operations.move import DiskIntent, Kind, Way
 from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import Plan
-from promoter.operations.promotion import DiskIntent, Kind, Way
 from promoter.storage.siblings import Siblings
 
 LINE_EVERY = 5.0
@@ -123,7 +123,7 @@ class JsonOutput:
         self._say("result", operation=request, id=operation, exit_code=0)
 
     def plan(self, plan: Plan, *, dry_run: bool) -> None:
-        self._say("plan", operation=plan.promotion.kind, **plan_fields(plan))
+        self._say("plan", operation=plan.move.kind, **plan_fields(plan))
 
     def step(self, operation: str, action: str) -> None:
         self._say("step", id=operation, action=action)
@@ -194,8 +194,8 @@ class PlainOutput:
 
     def plan(self, plan: Plan, *, dry_run: bool) -> None:
         for name in plan.nothing_to_do:
-            self.console.print(f"{escape(name)}: nothing to do, {NOTHING[plan.promotion.kind]}")
-        for disk, free in zip(plan.promotion.disks, plan.free, strict=True):
+            self.console.print(f"{escape(name)}: nothing to do, {NOTHING[plan.move.kind]}")
+        for disk, free in zip(plan.move.disks, plan.free, strict=True):
             self.console.print(
                 f"{escape(disk.name)}: {escape(_intention(disk))},"
                 f" needs {human_bytes(disk.required)}, {human_bytes(free)} free"
@@ -353,10 +353,10 @@ def _intention(disk: DiskIntent) -> str:
 
 def plan_fields(plan: Plan) -> dict[str, Any]:
     """A plan for ``--json``. Sizes in bytes."""
-    promotion = plan.promotion
+    move = plan.move
     return {
-        "id": promotion.id,
-        "guest": promotion.guest,
+        "id": move.id,
+        "guest": move.guest,
         "nothing_to_do": plan.nothing_to_do,
         "warnings": plan.warnings,
         "disks": [
@@ -374,7 +374,7 @@ def plan_fields(plan: Plan) -> dict[str, Any]:
                 "required_bytes": disk.required,
                 "free_bytes": plan.free[index],
             }
-            for index, disk in enumerate(promotion.disks)
+            for index, disk in enumerate(move.disks)
         ],
     }
 

@@ -25,13 +25,13 @@ from promoter.guests.qmp import QmpGuest
 from promoter.operations import backup, control
 from promoter.operations.backup import INTENT_OF_BACKUP, Backup, BackupOperation
 from promoter.operations.journal import Entry, Journal, OperationStatus, new_id
+from promoter.operations.leftovers import sweep
+from promoter.operations.move import Choices, Move
+from promoter.operations.moving import INTENT, MoveOperation, OnProgress, OnStep
 from promoter.operations.plan import Plan
-from promoter.operations.promote import INTENT, OnProgress, OnStep, PromoteOperation
-from promoter.operations.promotion import Choices, Promotion
-from promoter.operations.spares import sweep
 from promoter.storage.siblings import Siblings, find_siblings
 
-Op = TypeVar("Op", PromoteOperation, BackupOperation)
+Op = TypeVar("Op", MoveOperation, BackupOperation)
 Planner = Callable[[Guest, str, Choices], Awaitable[Plan]]
 ENDED = frozenset({OperationStatus.DONE, OperationStatus.FAILED, OperationStatus.CANCELLED})
 
@@ -76,7 +76,7 @@ async def connect(name: str, uri: str) -> Guest:
     return await LibvirtGuest.connect(name, uri)
 
 
-async def connect_again(intent: Promotion | Backup) -> Guest:
+async def connect_again(intent: Move | Backup) -> Guest:
     """The guest of an operation; a domain also when it does not run any more."""
     if domain := intent.domain:
         return await LibvirtGuest.connect(domain.uuid, domain.uri, running=False)
@@ -98,19 +98,19 @@ async def perform(
     try:
         made = await plan(guest, new_id(), choices)
         output.plan(made, dry_run=dry_run)
-        promotion = made.promotion
-        if dry_run or not promotion.disks:
+        move = made.move
+        if dry_run or not move.disks:
             await guest.close()
-            output.result(_result(promotion, "planned" if dry_run else "done"), [])
+            output.result(_result(move, "planned" if dry_run else "done"), [])
             return
         journal = Journal(state)
     except BaseException:
         await guest.close()
         raise
-    with journal.hold(promotion.id):
-        intent = INTENT.dump_json(promotion).decode()
-        journal.open(promotion.id, promotion.kind, promotion.guest, intent)
-        await _run(promotion, journal, guest, output)
+    with journal.hold(move.id):
+        intent = INTENT.dump_json(move).decode()
+        journal.open(move.id, move.kind, move.guest, intent)
+        await _run(move, journal, guest, output)
 
 
 async def back_up(
@@ -199,8 +199,8 @@ async def resume(identity: str | None, state: Path, output: Output) -> None:
 def _leaves_spare(entry: Entry) -> bool:
     if entry.kind == backup.KIND:
         return False
-    promotion = INTENT.validate_json(entry.intent)
-    return promotion.tidied and any(disk.names.spares() for disk in promotion.disks)
+    move = INTENT.validate_json(entry.intent)
+    return move.tidied and any(disk.names.spares() for disk in move.disks)
 
 
 async def _resume(journal: Journal, identity: str, output: Output) -> None:
@@ -209,24 +209,24 @@ async def _resume(journal: Journal, identity: str, output: Output) -> None:
         if entry.kind == backup.KIND:
             await _run_backup(INTENT_OF_BACKUP.validate_json(entry.intent), journal, output)
             return
-        promotion = INTENT.validate_json(entry.intent)
+        move = INTENT.validate_json(entry.intent)
         if entry.status in ENDED:
-            if promotion.tidied:
-                await sweep(promotion, connect_again)
-            output.result(_result(promotion, entry.status), [])
+            if move.tidied:
+                await sweep(move, connect_again)
+            output.result(_result(move, entry.status), [])
             return
-        await _run(replace(promotion, tidied=False), journal, None, output)
+        await _run(replace(move, tidied=False), journal, None, output)
 
 
-async def _run(promotion: Promotion, journal: Journal, guest: Guest | None, output: Output) -> None:
-    """Run a promotion, consolidation or snapshot to its end."""
+async def _run(move: Move, journal: Journal, guest: Guest | None, output: Output) -> None:
+    """Run a move, consolidation or snapshot to its end."""
 
-    def make(progress: OnProgress, step: OnStep) -> PromoteOperation:
-        return PromoteOperation(promotion, journal, connect_again, progress, step)
+    def make(progress: OnProgress, step: OnStep) -> MoveOperation:
+        return MoveOperation(move, journal, connect_again, progress, step)
 
-    async with _watched(promotion.id, journal, output, make) as (operation, outputs):
+    async with _watched(move.id, journal, output, make) as (operation, outputs):
         reports = await operation.run(guest)
-        result = _result(promotion, "done") | {"guest_alive": operation.alive}
+        result = _result(move, "done") | {"guest_alive": operation.alive}
         for each in outputs:
             each.result(result, reports)
 
@@ -271,9 +271,9 @@ async def _watched(
             raise
 
 
-def _result(intent: Promotion | Backup, status: str) -> dict[str, Any]:
+def _result(intent: Move | Backup, status: str) -> dict[str, Any]:
     return {
-        "operation": intent.kind if isinstance(intent, Promotion) else backup.KIND,
+        "operation": intent.kind if isinstance(intent, Move) else backup.KIND,
         "id": intent.id,
         "guest": intent.guest,
         "status": status,

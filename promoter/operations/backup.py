@@ -34,11 +34,11 @@ from promoter.errors import (
 from promoter.guests.base import Domain, Guest
 from promoter.operations import consolidate, operation, snapshot
 from promoter.operations.journal import Journal, OperationStatus, new_id
+from promoter.operations.move import Choices, DiskIntent, DomainAddress, Move, Old
+from promoter.operations.moving import INTENT, MoveOperation, OnProgress, OnStep
 from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import Plan, file_of
 from promoter.operations.preflight import check_directory
-from promoter.operations.promote import INTENT, OnProgress, OnStep, PromoteOperation
-from promoter.operations.promotion import Choices, DiskIntent, DomainAddress, Old, Promotion
 from promoter.storage import images, seed
 from promoter.storage.files import free_bytes
 from promoter.storage.images import Backing, backing_name
@@ -164,12 +164,12 @@ async def plan(
     """Plan a backup. Raises `Refused` with the reason, or `Unreachable`."""
     check_directory(directory)
     frozen = new_id()
-    promotion = (await snapshot.plan(guest, frozen, choices)).promotion
+    move = (await snapshot.plan(guest, frozen, choices)).move
     now = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-    if since not in (None, LAST) and len(promotion.disks) > 1:
+    if since not in (None, LAST) and len(move.disks) > 1:
         raise Refused("--since names one file, but the guest has several disks", f"Use: {LAST}")
-    disks = tuple(_plan_disk(disk, directory, since, now) for disk in promotion.disks)
-    needed = sum([await _measure(disk) for disk in promotion.disks]) if since is None else 0
+    disks = tuple(_plan_disk(disk, directory, since, now) for disk in move.disks)
+    needed = sum([await _measure(disk) for disk in move.disks]) if since is None else 0
     if (free := free_bytes(directory)) < needed:
         raise Refused(
             f"not enough space in {directory}: {needed:,} bytes needed, {free:,} free",
@@ -226,7 +226,7 @@ class BackupOperation:
         self,
         intent: Backup,
         journal: Journal,
-        connect: Callable[[Promotion | Backup], Awaitable[Guest]],
+        connect: Callable[[Move | Backup], Awaitable[Guest]],
         on_progress: OnProgress,
         on_step: OnStep,
     ) -> None:
@@ -236,7 +236,7 @@ class BackupOperation:
         self._on_progress = on_progress
         self._on_step = on_step
         self._stopped = False
-        self._child: PromoteOperation | None = None
+        self._child: MoveOperation | None = None
         self._copying: asyncio.Task[None] | None = None
         self._pace = Pace(intent.choices.speed)
         self._reports: dict[str, list[DiskReport]] = {}
@@ -369,16 +369,16 @@ class BackupOperation:
             if (entry := self._journal.find(identity)) is None:
                 guest = await self._connect(self.intent)
                 try:
-                    promotion = (await planner(guest, identity, choices)).promotion
+                    move = (await planner(guest, identity, choices)).move
                 except BaseException:
                     await guest.close()
                     raise
-                kept = INTENT.dump_json(promotion).decode()
-                self._journal.open(identity, promotion.kind, promotion.guest, kept)
+                kept = INTENT.dump_json(move).decode()
+                self._journal.open(identity, move.kind, move.guest, kept)
             else:
-                promotion = INTENT.validate_json(entry.intent)
+                move = INTENT.validate_json(entry.intent)
             connect, progress, step = self._connect, self._on_progress, self._on_step
-            self._child = PromoteOperation(promotion, self._journal, connect, progress, step)
+            self._child = MoveOperation(move, self._journal, connect, progress, step)
             if self._pace.paused:
                 await self._child.pause()
             try:
@@ -386,7 +386,7 @@ class BackupOperation:
             finally:
                 self._child = None
 
-    def _frozen(self) -> Promotion:
+    def _frozen(self) -> Move:
         entry = self._journal.find(self.intent.frozen)
         assert entry, "it was journalled before it began"
         return INTENT.validate_json(entry.intent)
@@ -475,7 +475,7 @@ class BackupOperation:
 
 async def _plan_merge(guest: Guest, identity: str, choices: Choices) -> Plan:
     plan = await consolidate.plan(guest, identity, choices)
-    if more := [disk.name for disk in plan.promotion.disks if len(disk.gone) > 1]:
+    if more := [disk.name for disk in plan.move.disks if len(disk.gone) > 1]:
         raise Refused(
             f"{', '.join(more)}: somebody took another snapshot meanwhile",
             "Merge that first: promoter consolidate --top LAYER",

@@ -2,8 +2,8 @@
 
 By default into the lowest layer that nobody else reads through, by one commit for the whole
 range, so that each cluster is copied once whatever the number of layers; or, ``beside``, into a
-new disk, by a mirror, above the layers that are shared. Here it is planned; `promotion.decide`
-and `promote` do it, as they do a promotion.
+new disk, by a mirror, above the layers that are shared. Here it is planned; `move.decide`
+and `moving` do it, as they do a promotion.
 
 Source: US 10956041 B2: the target is a disk of the chain, the delta is copied to it in a single
 iteration; QAPI ``block-commit``, libvirt's ``virDomainBlockCommit``.
@@ -17,6 +17,7 @@ from pathlib import Path
 from promoter.chain import BackingChain, Disk, Image
 from promoter.errors import Refused
 from promoter.guests.base import Guest, GuestView
+from promoter.operations.move import Choices, DiskIntent, Kind, Way
 from promoter.operations.plan import (
     Plan,
     choose_layout,
@@ -36,7 +37,6 @@ from promoter.operations.preflight import (
     check_pause,
     check_start,
 )
-from promoter.operations.promotion import Choices, DiskIntent, Kind, Way
 from promoter.operations.snapshot import DELTA
 from promoter.storage.files import file_id, stamp
 from promoter.storage.names import SPARE, Names, boot_name, merged_name

@@ -5,8 +5,8 @@ from __future__ import annotations
 from promoter.blockjob import DRAINED, READY, BlockJob, JobStatus
 from promoter.chain import Disk
 from promoter.guests.base import GuestView
+from promoter.operations.move import Active, DiskIntent, DiskSeen, Job, Target, Way
 from promoter.operations.plan import same_files
-from promoter.operations.promotion import Active, DiskIntent, DiskSeen, Job, Target, Way
 from promoter.storage.files import stamp
 from promoter.storage.images import backing_name
 from promoter.storage.names import Named

@@ -1,4 +1,4 @@
-"""How a promotion ended: what became of each disk, or the error that says why not."""
+"""How a move ended: what became of each disk, or the error that says why not."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from promoter.blockjob import BlockJob
 from promoter.errors import Cancelled, JobFailed, NoSpace, PromoterError, Refused, Unreachable
-from promoter.operations.promotion import DiskIntent, Failure, Promotion, Way
+from promoter.operations.move import DiskIntent, Failure, Move, Way
 from promoter.storage.seed import SeedMethod
 
 
@@ -47,7 +47,7 @@ def job_failure(disk: DiskIntent, job: BlockJob) -> tuple[Failure, str]:
     )
 
 
-def error_of(intent: Promotion) -> PromoterError:
+def error_of(intent: Move) -> PromoterError:
     """The error of what was put back: the guest is on its untouched old chain."""
     unchanged = "The guest is unchanged on its old chain."
     match intent.failure:

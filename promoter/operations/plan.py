@@ -1,8 +1,10 @@
-"""The plan: what a promotion will do and what it costs, or why not (`preflight`)."""
+"""The plan: what will happen to a guest's disks and what it costs, or why not (`preflight`).
+
+What the operations have in common; each has its own rules in its own module.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,26 +14,20 @@ from promoter.chain import BackingChain, Disk, DiskOptions, FileStamp, Image
 from promoter.errors import Refused
 from promoter.guests.base import Domain, Guest, GuestView
 from promoter.guests.bugs import loses_writes_at_start, unmaps_wrongly
+from promoter.operations.move import Choices, DiskIntent, DomainAddress, Kind, Move, Way
 from promoter.operations.preflight import (
-    check_chain,
-    check_clone,
-    check_copy,
     check_device,
     check_directory,
     check_domain,
     check_guest,
     check_in_place,
     check_names,
-    check_raw,
     check_space,
-    check_start,
     check_targets,
-    check_throttles,
     is_encrypted,
     is_local,
     select_disks,
 )
-from promoter.operations.promotion import Choices, DiskIntent, DomainAddress, Kind, Promotion, Way
 from promoter.storage import images
 from promoter.storage.files import file_id, free_bytes, stamp
 from promoter.storage.names import Names, boot_name
@@ -40,9 +36,6 @@ from promoter.storage.seed import (
     Geometry,
     Preallocation,
     SeedMethod,
-    can_merge,
-    can_reflink,
-    copies_only_data,
 )
 
 DEFAULT_CLUSTER = 64 * 1024
@@ -51,20 +44,15 @@ PlanDisk = Callable[[Guest, GuestView, Disk, Choices, str, int], Awaitable[DiskI
 
 @dataclass(frozen=True)
 class Plan:
-    """What would be done; ``nothing_to_do`` names disks that are full clones already.
+    """What would be done; ``nothing_to_do`` names disks that are as they should be already.
 
     ``free`` has the free bytes at each disk's target.
     """
 
-    promotion: Promotion
+    move: Move
     free: tuple[int, ...]
     nothing_to_do: tuple[str, ...]
     warnings: tuple[str, ...]
-
-
-async def plan(guest: Guest, identity: str, choices: Choices) -> Plan:
-    """Plan a promotion. Raises `Refused` with the reason, or `Unreachable`."""
-    return await make_plan(guest, identity, Kind.PROMOTE, choices, _check, plan_disk)
 
 
 async def make_plan(
@@ -91,63 +79,13 @@ async def make_plan(
     address = DomainAddress(guest.uri, guest.uuid) if isinstance(guest, Domain) else None
     changed = {intent.key for intent in intents}
     return Plan(
-        Promotion(identity, guest.name, choices, tuple(intents), domain=address, kind=kind),
+        Move(identity, guest.name, choices, tuple(intents), domain=address, kind=kind),
         free=tuple(free_bytes(intent.names.target.parent) for intent in intents),
         nothing_to_do=tuple(disk.name for disk in disks if disk.key not in changed),
         warnings=(
             *_bugs(view, [disk for disk in disks if disk.key in changed]),
             *(warning for intent in intents for warning in _warnings(intent)),
         ),
-    )
-
-
-def _check(view: GuestView, disks: list[Disk], choices: Choices) -> None:
-    linked = [disk for disk in disks if len(disk.chain) > 1]
-    if choices.target and len(linked) > 1:
-        raise Refused(
-            "--target names one file, but several disks would be promoted",
-            "Name one disk, or give --target-dir.",
-        )
-    check_throttles(view, linked)
-    if linked:
-        check_start(view)
-    if choices.format == "raw":
-        check_raw(view, linked)
-
-
-async def plan_disk(
-    guest: Guest, view: GuestView, disk: Disk, choices: Choices, identity: str, index: int
-) -> DiskIntent | None:
-    """Plan one disk, None for a full clone. Raises `Refused` with the reason."""
-    if len(disk.chain) == 1:
-        return None
-    copy = await guest.copy(disk.name) if choices.adopt and isinstance(guest, Domain) else None
-    if copy:
-        check_copy(disk, copy, view)
-        choices = replace(choices, target=copy.file, format=copy.format, seed=SeedMethod.NONE)
-    check_clone(disk, choices.lose, adopted=copy is not None)
-    await check_chain(guest, disk)
-    names = choose_names(disk, choices, identity, adopted=copy is not None)
-    geometry = choose_layout(disk.chain, choices)
-    below = disk.chain.below
-    if why := _why_no_seed(disk):
-        method = _no_seed(choices, why)
-    else:
-        method, geometry = await asyncio.to_thread(_method, below, choices, geometry, names.target)
-    full = 0 if copy else await full_size(disk.chain, geometry)
-    return DiskIntent(
-        mark=f"promoter-{identity}-{index}",
-        index=index,
-        key=disk.key,
-        name=disk.name,
-        root=disk.node,
-        chain=disk.chain,
-        below=stamps(disk.chain),
-        options=options_for(disk, view),
-        names=names,
-        method=method,
-        geometry=geometry,
-        required=_new_size(disk.chain, full) if method is SeedMethod.REFLINK else full,
     )
 
 
@@ -159,12 +97,6 @@ async def full_size(chain: BackingChain, geometry: Geometry) -> int:
         return whole
     measured = await images.measure(chain.images, geometry.format, geometry.options)
     return max(measured, whole) if allocated else measured
-
-
-def _new_size(chain: BackingChain, full: int) -> int:
-    """What is left of the full size when the lowest layer is shared and the rest written to it."""
-    *upper, base = chain
-    return max(full - base.allocated, sum(image.allocated for image in upper))
 
 
 def options_for(disk: Disk, view: GuestView) -> DiskOptions:
@@ -219,68 +151,6 @@ def choose_layout(chain: BackingChain, choices: Choices) -> Geometry:
     if extended and not choices.cluster_size:
         cluster = max(cluster, LEAST_EXTENDED)
     return Geometry(choices.format, cluster, extended, choices.preallocation)
-
-
-def _why_no_seed(disk: Disk) -> str:
-    """Why everything must be copied by the mirror, if it must."""
-    below = disk.chain.below
-    if not is_local(below):
-        return "only the guest's QEMU can read a layer below that is not a local file"
-    if is_encrypted(below):
-        return "only the guest's QEMU has the key of an encrypted layer below"
-    if disk.libvirt and any(image.bitmaps for image in below):
-        return "libvirt keeps dirty bitmaps of layers below only when it copies those too"
-    return ""
-
-
-def _no_seed(choices: Choices, why: str) -> SeedMethod:
-    if choices.seed not in (None, SeedMethod.NONE):
-        raise Refused(why, "Use --seed none.")
-    return SeedMethod.NONE
-
-
-def _method(
-    below: tuple[Image, ...], choices: Choices, geometry: Geometry, target: Path
-) -> tuple[SeedMethod, Geometry]:
-    """How to seed, and the geometry that comes of it: a copied file keeps its own."""
-    base = below[-1]
-    copied = replace(
-        geometry,
-        cluster_size=base.cluster_size or geometry.cluster_size,
-        extended_l2=base.extended_l2,
-    )
-    fits = copies_only_data(base, geometry) and _fits(copied, choices)
-    copyable = fits and len(below) == 1
-    reflinks = fits and can_merge(below) and can_reflink(file_of(base), target.parent)
-    merged = sum(image.allocated for image in below[:-1])
-    match choices.seed:
-        case SeedMethod.REFLINK if not reflinks:
-            raise Refused(
-                f"{base.file} cannot be reflinked to {target.parent}",
-                "That needs XFS or btrfs, and layers that hold nothing but data. Use --seed auto.",
-            )
-        case SeedMethod.COPY if not copyable:
-            raise Refused(
-                f"a copy of {base.file} would not be the image that is wanted",
-                "It would not hold just the guest's data, or have another layout. Use --seed auto.",
-            )
-        case SeedMethod.REFLINK | SeedMethod.COPY as asked:
-            return asked, copied
-        case None if reflinks and merged <= base.allocated:
-            return SeedMethod.REFLINK, copied
-        case None:
-            return SeedMethod.CONVERT, geometry
-        case asked:
-            return asked, geometry
-
-
-def _fits(copied: Geometry, choices: Choices) -> bool:
-    """Has a copy the layout that was asked for, if one was?"""
-    return (
-        choices.cluster_size in (None, copied.cluster_size)
-        and choices.extended_l2 in (None, copied.extended_l2)
-        and choices.preallocation is Preallocation.OFF
-    )
 
 
 def _bugs(view: GuestView, disks: list[Disk]) -> Iterator[str]:

@@ -1,8 +1,8 @@
-"""Preflight: every reason not to promote, found before the first change.
+"""Preflight: every reason not to act, found before the first change.
 
 The checks change nothing. What QEMU has open is compared with what its file
 names lead to now, so that a base that was moved, replaced or deleted is
-noticed while the promotion can still be refused. They raise `Refused`, or
+noticed while it can still be refused. They raise `Refused`, or
 `Unreachable` for a guest that is going away.
 """
 
@@ -24,7 +24,7 @@ from promoter.guests.bugs import (
     loses_interrupts,
     loses_writes_at_start,
 )
-from promoter.operations.promotion import DiskIntent, Loss
+from promoter.operations.move import DiskIntent, Loss
 from promoter.storage import images
 from promoter.storage.files import free_bytes, open_files, stamp
 from promoter.storage.names import Names

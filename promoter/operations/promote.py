@@ -1,897 +1,169 @@
-"""Promote: a running linked clone becomes a full clone.
+"""Promote: a running linked clone becomes a full clone. Here it is planned.
 
-The steps of US 10585690 B2, in QEMU's terms: the second base disk is created
-and filled with everything below the active layer (seed); ``blockdev-mirror``,
-the mirror driver, copies the delta while every guest write goes to both disks;
-the switchover moves the guest to the new disk and removes the mirror. What to
-do next is `promoter.operations.promotion.decide`'s business; here it is done.
+How the second base disk is seeded depends on what lies below the active layer: shared (reflink),
+copied, converted, or left to the mirror where only the guest's QEMU can read it.
+
+Source: US 10585690 B2, claims 1 to 7; `promoter.operations.moving` does it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
-import time
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
-from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
-from pydantic import TypeAdapter
-
-from promoter.blockjob import ENDED, READY, BlockJob, Progress
-from promoter.chain import Disk, Image
-from promoter.errors import (
-    Cancelled,
-    Interrupted,
-    JobFailed,
-    NoSpace,
-    PromoterError,
-    Refused,
-    Unreachable,
+from promoter.chain import BackingChain, Disk, Image
+from promoter.errors import Refused
+from promoter.guests.base import Domain, Guest, GuestView
+from promoter.operations.move import Choices, DiskIntent, Kind
+from promoter.operations.plan import (
+    Plan,
+    choose_layout,
+    choose_names,
+    file_of,
+    full_size,
+    make_plan,
+    options_for,
+    stamps,
 )
-from promoter.guests.base import (
-    CommandFailed,
-    CommitSpec,
-    ConnectionLost,
-    DefinedDisk,
-    Domain,
-    Guest,
-    GuestView,
-    MirrorSpec,
-    NodeSpec,
-    NoGuest,
-    PlainGuest,
-    SnapshotSpec,
-    Start,
+from promoter.operations.preflight import (
+    check_chain,
+    check_clone,
+    check_copy,
+    check_raw,
+    check_start,
+    check_throttles,
+    is_encrypted,
+    is_local,
 )
-from promoter.guests.bugs import loses_writes_at_start
-from promoter.operations import operation
-from promoter.operations.convergence import Convergence
-from promoter.operations.guarding import guarded
-from promoter.operations.journal import Journal, OperationStatus
-from promoter.operations.observation import observe
-from promoter.operations.outcome import DiskReport, error_of, job_failure
-from promoter.operations.plan import plan_disk
-from promoter.operations.preflight import check_start
-from promoter.operations.promotion import (
-    FINAL,
-    Action,
-    Active,
-    Choices,
-    CopyMode,
-    DiskIntent,
-    DiskSeen,
-    Do,
-    Failure,
-    Job,
-    Kind,
-    Old,
-    Promotion,
-    Seen,
-    Way,
-    decide,
-    next_of_each,
-)
-from promoter.operations.spares import is_named_as_backing, remove_spares
-from promoter.operations.start import start_standing
-from promoter.operations.suspended import LONGEST_ABSENCE, Work, define, go_on, while_suspended
-from promoter.operations.switchover import (
-    TooSlow,
-    commit_all,
-    pause_seconds,
-    switch_over,
-    switch_over_standing,
-)
-from promoter.storage import seed
-from promoter.storage.files import file_id, is_locked, is_open, sync
-from promoter.storage.images import Backing
-from promoter.storage.names import merged_name
-from promoter.storage.pace import Pace
-from promoter.storage.seed import SeedMethod, SeedSpec
-
-INTENT = TypeAdapter(Promotion)
-MOST_REPLANS = 3
-CANCELED = "Operation canceled"
-LONGEST_DEATH = 5.0
-LONGEST_APPROACH = 60.0
-LOOK_EVERY, SLOW_EVERY = 0.05, 0.5
-MOST_PAUSES = 10
-STOPPABLE = frozenset({Do.SEED, Do.AWAIT_READY})
-FORWARD = frozenset({Do.SEED, Do.MIRROR, Do.AWAIT_READY, Do.PREPARE, Do.SWITCH_OVER})
-MUST_WORK = frozenset(
-    {Do.CONTINUE, Do.PUT_NAME_BACK, Do.COMMIT_NAME, Do.DETACH, Do.DISCARD, Do.TIDY, Do.UNLIMIT}
+from promoter.storage.seed import (
+    Geometry,
+    Preallocation,
+    SeedMethod,
+    can_merge,
+    can_reflink,
+    copies_only_data,
 )
 
-T = TypeVar("T")
-Connect = Callable[[Promotion], Awaitable[Guest]]
-OnProgress = Callable[[str, str, Progress], None]
-"""Called with a disk's name, the phase ("seed" or "mirror") and how far it is."""
-OnStep = Callable[[str], None]
-"""Called with each action that begins."""
+
+async def plan(guest: Guest, identity: str, choices: Choices) -> Plan:
+    """Plan a promotion. Raises `Refused` with the reason, or `Unreachable`."""
+    return await make_plan(guest, identity, Kind.PROMOTE, choices, _check, plan_disk)
 
 
-class PromoteOperation:
-    """One promotion on its way: run it, `cancel` it, or `stop` it for a later resume."""
-
-    def __init__(
-        self,
-        intent: Promotion,
-        journal: Journal,
-        connect: Connect,
-        on_progress: OnProgress,
-        on_step: OnStep,
-    ) -> None:
-        self.intent = intent
-        self._journal = journal
-        self._connect = connect
-        self._on_progress = on_progress
-        self._on_step = on_step
-        self._guest: Guest | None = None
-        self._seen = Seen(alive=False, disks=())
-        self._acting: asyncio.Task[None] | None = None
-        self._stopped = False
-        self._going = asyncio.Event()
-        self._going.set()
-        self._expected_cancels: set[str] = set()
-        self._reports: dict[str, DiskReport] = {}
-        self._paces: dict[str, Pace] = {}
-        self._convergences = defaultdict[str, Convergence](Convergence)
-        self._relief = AsyncExitStack()
-        self._paused_in_vain = 0
-        self._began = time.monotonic()
-
-    @property
-    def id(self) -> str:
-        return self.intent.id
-
-    @property
-    def alive(self) -> bool:
-        """Was the guest there at the last look?"""
-        return self._seen.alive
-
-    async def run(self, guest: Guest | None) -> list[DiskReport]:
-        """Bring the promotion to its end, from wherever it is; what became of each disk.
-
-        Raises what DESIGN's exit codes name: `Cancelled`, `JobFailed`, `NoSpace`, `Refused`
-        or `Unreachable` with the guest on its untouched old chain, `Interrupted` half-way.
-        """
-        self._guest = guest
-        if guest is None:  # a resume: the guard may have put the switchover back
-            self._expected_cancels.update(disk.node for disk in self.intent.disks)
-            await self._end_pause()
-        try:
-            last = await operation.run(self, self._journal)
-        except Interrupted:
-            raise
-        except PromoterError as error:
-            hint = f"{error.hint} Continue: promoter job resume {self.id}".strip()
-            raise Interrupted(error.message, hint) from error
-        finally:
-            await self._let_go()
-        if last.do is not Do.DONE:
-            raise self._conclude(last)
-        reports = [self._report(disk) for disk in self.intent.disks]
-        names = ", ".join(report.disk for report in reports)
-        done = f"{self.intent.kind.done} {names or 'nothing'}"
-        self._journal.conclude(self.id, OperationStatus.DONE, done)
-        return reports
-
-    def cancel(self) -> None:
-        """Ask for the old state; takes effect unless the switchover has begun."""
-        self._fail(Failure.CANCELLED, "cancelled")
-        self._going.set()
-        self._interrupt()
-
-    def stop(self) -> None:
-        """Leave everything as it is, jobs running, for ``promoter job resume``."""
-        self._stopped = True
-        self._going.set()
-        self._interrupt()
-
-    async def change_speed(self, speed: int) -> None:
-        """Limit each disk's seed or mirror to ``speed`` bytes per second, 0 for no limit."""
-        self._save(replace(self.intent, choices=replace(self.intent.choices, speed=speed)))
-        for pace in self._paces.values():
-            pace.change(speed)
-        if not (self.intent.domain and not self._going.is_set()):  # its pause is a speed
-            for guest, job in await self._jobs():
-                await guest.set_speed(job, speed)
-
-    async def pause(self) -> None:
-        """Stop copying until `go_on`. A switchover that has begun is not held up."""
-        self._going.clear()
-        for pace in self._paces.values():
-            pace.pause()
-        if self._acting:
-            await self._pause_jobs()
-        self._on_step("pause")
-
-    async def go_on(self) -> None:
-        """Copy on after a `pause`."""
-        if self._going.is_set():
-            raise Refused(
-                f"operation {self.id} runs and is not paused", f"See: promoter job watch {self.id}"
-            )
-        for pace in self._paces.values():
-            pace.go_on()
-        await self._resume_jobs()
-        self._going.set()
-        self._on_step("go on")
-
-    async def _pause_jobs(self) -> None:
-        for guest, job in await self._jobs():
-            with suppress(CommandFailed):  # paused before, or it has just ended
-                await guest.pause_job(job)
-
-    async def _resume_jobs(self) -> None:
-        for guest, job in await self._jobs():
-            with suppress(CommandFailed):  # not paused, or it has just ended
-                await guest.resume_job(job, self.intent.choices.speed)
-
-    async def _jobs(self) -> list[tuple[Guest, str]]:
-        """Our jobs that are there."""
-        if (guest := self._guest) is None:
-            return []
-        return [(guest, disk.job) for disk in self.intent.disks if await guest.job(disk.job)]
-
-    async def _end_pause(self) -> None:
-        """Whoever paused the jobs of an interrupted operation is gone."""
-        with suppress(PromoterError):  # no guest: the look finds out more
-            self._guest = await self._connect(self.intent)
-            await self._resume_jobs()
-
-    def _interrupt(self) -> None:
-        if self._acting:
-            self._acting.cancel()
-
-    # Look
-
-    async def look(self) -> Seen:
-        """What there is now; not before `go_on` when the next step would be one forward."""
-        seen = await self._look()
-        while not self._going.is_set() and self.decide(seen).do in FORWARD:
-            await self._pause_jobs()
-            await self._going.wait()
-            seen = await self._look()
-        return seen
-
-    async def _look(self) -> Seen:
-        view = await self._view()
-        try:
-            disks = tuple(observe(disk, view) for disk in self.intent.disks)
-        except OSError as error:
-            hint = f"Mend that, then: promoter job resume {self.id}"
-            raise Interrupted(f"cannot see the disks' files: {error}", hint) from error
-        self._seen = Seen(alive=view is not None and view.runs, disks=disks)
-        return self._seen
-
-    async def _view(self) -> GuestView | None:
-        """One look at the guest, or None when it is certainly gone."""
-        patience = LONGEST_ABSENCE if self.intent.domain else LONGEST_DEATH
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                self._guest = self._guest or await self._connect(self.intent)
-                return await self._guest.look()
-            except ConnectionLost:
-                await self._let_go()
-            except NoGuest:
-                return None
-            except Unreachable as error:
-                if not self.intent.domain and not await asyncio.to_thread(self._in_use):
-                    return None
-                if time.monotonic() > deadline:
-                    raise Interrupted(
-                        f"{error.message}, but its disks may be in use",
-                        f"{error.hint} Then: promoter job resume {self.id}",
-                    ) from error
-                await asyncio.sleep(0.2)
-
-    async def _let_go(self) -> None:
-        if self._guest:
-            with suppress(PromoterError):  # gone: then nobody is slow
-                await self._unlimit()
-            await self._relief.aclose()
-            await self._guest.close()
-        self._guest = None
-
-    def _in_use(self) -> bool:
-        names = [
-            name
-            for disk in self.intent.disks
-            for name in (disk.names.path, disk.names.aside, disk.names.target)
-            if name.exists()
-        ]
-        return any(is_locked(name) or is_open(name) for name in names)
-
-    # Decide
-
-    def decide(self, seen: Seen) -> Action:
-        return decide(self.intent, seen)
-
-    def is_final(self, action: Action) -> bool:
-        return action.do in FINAL or self._stopped
-
-    def _conclude(self, last: Action) -> PromoterError:
-        """The error of a promotion that is not done, after the journal has it."""
-        if last.do is not Do.GIVE_UP:
-            what = "stopped half-way" if self._stopped else "somebody moved its files"
-            hint = f"Continue: promoter job resume {self.id}"
-            return Interrupted(f"{self.intent.kind} {self.id}: {what}", hint)
-        if any(disk.switched for disk in self._seen.disks):
-            names = [d.name for d, s in self._pairs() if not s.switched]
-            error: PromoterError = Interrupted(
-                f"{', '.join(names)} stayed on the old chain, the other disks are done:"
-                f" {self.intent.reason or 'the guest is gone'}",
-                f"{self.intent.kind} what is left once more.".capitalize(),
-            )
-        else:
-            error = error_of(self.intent)
-        if isinstance(error, NoSpace):
-            self._save(replace(self.intent, failure=None, reason=""))
-        else:
-            cancelled = isinstance(error, Cancelled)
-            status = OperationStatus.CANCELLED if cancelled else OperationStatus.FAILED
-            self._journal.conclude(self.id, status, error.message)
-        return error
-
-    def _pairs(self) -> list[tuple[DiskIntent, DiskSeen]]:
-        return list(zip(self.intent.disks, self._seen.disks, strict=True))
-
-    # Act
-
-    async def act(self, action: Action) -> None:
-        """Do one action. `cancel` and `stop` end a seed or a wait at once, nothing else."""
-        self._on_step(str(action))
-        work = asyncio.create_task(self._do(action), name=str(action))
-        self._acting = work if action.do in STOPPABLE else None
-        try:
-            await work
-        except asyncio.CancelledError:
-            if not (self._stopped or self.intent.failure is Failure.CANCELLED):
-                raise
-        except OSError as error:
-            kind = NoSpace if error.errno == errno.ENOSPC else JobFailed
-            raise kind(f"{action}: {error}") from error
-        finally:
-            self._acting = None
-
-    def failed(self, action: Action, error: PromoterError) -> None:
-        if isinstance(error, ConnectionLost):
-            return
-        if action.do in MUST_WORK:
-            hint = f"{error.hint} Continue: promoter job resume {self.id}".strip()
-            raise Interrupted(f"{action} did not work: {error.message}", hint) from error
-        kinds = {NoSpace: Failure.NO_SPACE, Refused: Failure.REFUSED}
-        self._fail(kinds.get(type(error), Failure.JOB_FAILED), error.message)
-
-    def _fail(self, failure: Failure, reason: str) -> None:
-        if self.intent.failure is None:
-            self._save(replace(self.intent, failure=failure, reason=reason))
-
-    def _save(self, intent: Promotion) -> None:
-        self._journal.save(self.id, INTENT.dump_json(intent).decode())
-        self.intent = intent
-
-    async def _do(self, action: Action) -> None:
-        if action.disk is None:
-            await self._do_together(action.do)
-        else:
-            await self._do_one(action.do, action.disk, self.intent.disks[action.disk])
-
-    async def _do_together(self, do: Do) -> None:
-        match do:
-            case Do.CONTINUE:
-                await self._continue()
-            case Do.UNLIMIT:
-                await self._unlimit()
-                await self._relief.aclose()
-                self._save(replace(self.intent, limits={}))
-            case Do.SEED:
-                needed = next_of_each(self.intent, self._seen)
-                await self._seed_all([index for index, need in needed.items() if need is do])
-            case Do.FINISH_SWITCHOVER:
-                await commit_all(self._plain, [d for d, s in self._pairs() if s.can_finish])
-            case Do.AWAIT_READY:
-                await self._await_ready()
-            case Do.SWITCH_OVER if self.intent.kind is Kind.SNAPSHOT:
-                await self._snapshot()
-            case Do.SWITCH_OVER:
-                ready = self._with_job(Job.READY)
-                jobs = (await self._alive.look()).jobs
-                for disk in ready:
-                    self._report(disk).mirrored_bytes = jobs[disk.job].done
-                    if disk.names.target.is_file():  # QEMU flushes it while the guest stands still
-                        await asyncio.to_thread(sync, disk.names.target)
-                await self._switch_over(ready)
-            case Do.TIDY:
-                await self._tidy()
-            case _:
-                raise AssertionError(do)
-
-    async def _do_one(self, do: Do, index: int, disk: DiskIntent) -> None:
-        match do:
-            case Do.PUT_NAME_BACK:
-                await self._name(disk, disk.chain.active.file)
-            case Do.COMMIT_NAME:
-                await self._name(disk, disk.names.target)
-            case Do.PREPARE:
-                disk.names.prepare()
-            case Do.DISCARD:
-                self._discard(disk)
-            case Do.REPLAN:
-                await self._replan(index, disk)
-            case Do.CANCEL | Do.UNFREEZE:
-                await self._cancel_job(disk)
-            case Do.DISMISS:
-                await self._dismiss(disk)
-            case Do.MIRROR:
-                await self._mirror(disk)
-            case Do.DETACH:
-                await self._plain.detach(disk.node)
-            case _:
-                raise AssertionError(do)
-
-    @property
-    def _alive(self) -> Guest:
-        assert self._guest, "only a guest that is there is acted upon"
-        return self._guest
-
-    @property
-    def _plain(self) -> PlainGuest:
-        assert isinstance(self._guest, PlainGuest), "planned as plain QEMU"
-        return self._guest
-
-    @property
-    def _domain(self) -> Domain:
-        assert isinstance(self._guest, Domain), "planned as a domain"
-        return self._guest
-
-    def _with_job(self, job: Job) -> list[DiskIntent]:
-        return [disk for disk, seen in self._pairs() if seen.job is job]
-
-    async def _seed_all(self, indices: list[int]) -> None:
-        """Seed disks side by side, but in turn where they share a file system."""
-        most = self.intent.choices.parallel
-        gates = defaultdict[int | None, asyncio.Semaphore](lambda: asyncio.Semaphore(most or 1))
-
-        async def seed_one(index: int) -> None:
-            disk = self.intent.disks[index]
-            directory = disk.names.target.parent
-            async with gates[None if most else directory.stat().st_dev]:
-                await self._seed(index, disk)
-
-        work = [
-            asyncio.create_task(seed_one(i), name=f"seed {i}") for i in indices if i is not None
-        ]
-        try:
-            await asyncio.gather(*work)
-        finally:
-            for task in work:
-                task.cancel()
-            await asyncio.gather(*work, return_exceptions=True)
-
-    async def _seed(self, index: int, disk: DiskIntent) -> None:
-        loop = asyncio.get_running_loop()
-        began = time.monotonic()
-
-        def report(done: int, total: int) -> None:
-            progress = Progress(done, total, time.monotonic() - began)
-            loop.call_soon_threadsafe(self._on_progress, disk.name, "seed", progress)
-
-        spec = SeedSpec(
-            layers=disk.chain.images[1 : len(disk.chain) - disk.kept],
-            part=disk.part,
-            method=disk.method,
-            geometry=disk.geometry,
-            virtual_size=disk.virtual_size,
-            like=disk.names.path,
-            backing=_backing(disk),
+def _check(view: GuestView, disks: list[Disk], choices: Choices) -> None:
+    linked = [disk for disk in disks if len(disk.chain) > 1]
+    if choices.target and len(linked) > 1:
+        raise Refused(
+            "--target names one file, but several disks would be promoted",
+            "Name one disk, or give --target-dir.",
         )
-        pace = self._paces[disk.node] = Pace(self.intent.choices.speed)
-        if not self._going.is_set():
-            pace.pause()
-        made = await self._while_alive(seed.make_seed(spec, pace, report))
-        self._report(disk).seeded_bytes = disk.part.stat().st_blocks * 512
-        self._save(self.intent.with_disk(index, replace(disk, seeded=made)))
-        seed.publish(disk.part, disk.names.target)
+    check_throttles(view, linked)
+    if linked:
+        check_start(view)
+    if choices.format == "raw":
+        check_raw(view, linked)
 
-    async def _while_alive(self, work: Coroutine[None, None, T]) -> T:
-        """Work outside the guest, given up when the guest goes away."""
-        working = asyncio.create_task(work, name="outside the guest")
-        gone = asyncio.create_task(self._alive.gone(), name="guest gone")
-        try:
-            await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if working.done():
-                return working.result()
-            raise ConnectionLost(f"{self.intent.guest}: the monitor closed")
-        finally:
-            working.cancel()
-            gone.cancel()
-            await asyncio.gather(working, gone, return_exceptions=True)
 
-    async def _mirror(self, disk: DiskIntent) -> None:
-        spec: Start
-        if disk.commits:
-            spec = _commit_spec(disk, self.intent.choices.speed)
-        else:
-            spec = _mirror_spec(disk, self.intent.choices)
-            if not self.intent.domain:
-                await self._plain.attach(_target_node(disk))
-        await self._begin(disk, spec)
-
-    async def _begin(self, disk: DiskIntent, spec: Start) -> None:
-        view = await self._alive.look()
-        if loses_writes_at_start(view.version):
-            check_start(view)
-            running = view.status == "running"
-            self._save(replace(self.intent, stopped=running))
-            if self.intent.domain:
-                pause = await self._while_suspended(Work(self.intent.domain, running, start=spec))
-            else:
-                pause = await start_standing(self._plain, spec, running=running)
-            self._report(disk).start_pause_s = pause
-            self._save(replace(self.intent, stopped=False))
-        else:
-            await self._alive.begin(spec)
-        if (speed := self.intent.choices.speed) != spec.speed:
-            await self._alive.set_speed(disk.job, speed)
-
-    async def _switch_over(self, ready: list[DiskIntent]) -> None:
-        background = self.intent.choices.copy_mode is CopyMode.BACKGROUND
-        if ready[0].way is Way.MIRROR and not self.intent.domain:
-            for disk in ready if background else ():
-                await self._plain.write_blocking(disk.node)
-            await switch_over(self._plain, ready)
-            return
-        running = await self._alive.status() == "running"
-        longest = self.intent.choices.max_pause if ready[0].commits and running else None
-        if longest is not None:
-            await self._approach(ready, longest)
-        self._save(replace(self.intent, stopped=running))
-        try:
-            pause = await self._switch_over_standing(ready, longest)
-        except TooSlow:
-            self._paused_in_vain += 1
-            if self._paused_in_vain == MOST_PAUSES:
-                raise
-        else:
-            for disk in ready:
-                self._report(disk).switchover_s = pause
-        self._save(replace(self.intent, stopped=False))
-
-    async def _switch_over_standing(
-        self, ready: list[DiskIntent], longest: float | None
-    ) -> float | None:
-        if domain := self.intent.domain:
-            running = self.intent.stopped
-            work = Work(domain, running, pivot=_definitions(ready), settle=longest)
-            return await self._while_suspended(work)
-        if longest is not None:
-            return await switch_over_standing(self._plain, ready, longest)
-        await switch_over(self._plain, ready)
+async def plan_disk(
+    guest: Guest, view: GuestView, disk: Disk, choices: Choices, identity: str, index: int
+) -> DiskIntent | None:
+    """Plan one disk, None for a full clone. Raises `Refused` with the reason."""
+    if len(disk.chain) == 1:
         return None
-
-    async def _approach(self, ready: list[DiskIntent], pause: float) -> None:
-        """Wait until what is left to copy fits into a pause; slow the guest until it does."""
-        deadline = time.monotonic() + LONGEST_APPROACH
-        for disk in ready:
-            while not await self._fits(disk, pause):
-                if time.monotonic() > deadline:
-                    raise JobFailed(
-                        f"{disk.name}: the guest writes faster than can be copied for a pause of"
-                        f" {pause:g} s",
-                        "Try again when it writes less, give a longer --max-pause, or --beside.",
-                    )
-                await self._slow(disk)
-                await asyncio.sleep(LOOK_EVERY)
-
-    async def _fits(self, disk: DiskIntent, pause: float) -> bool:
-        job = await self._alive.job(disk.job)
-        if job is None or job.status not in READY:
-            return True
-        convergence = self._convergences[disk.job]
-        convergence.add(time.monotonic(), job.done, job.total)
-        return convergence.fits(pause)
-
-    async def _slow(self, disk: DiskIntent) -> None:
-        """Slow the guest's writes to a disk when the copy does not gain on them."""
-        convergence = self._convergences[disk.job]
-        if not convergence.tighten():
-            return
-        found = (await self._alive.look()).disk(disk.key)
-        assert found, "its job runs"
-        if disk.key not in self.intent.limits:
-            before = await self._alive.limits(found)
-            self._save(replace(self.intent, limits={**self.intent.limits, disk.key: before}))
-            await self._guard_limits(found, before)
-        await self._alive.limit(found, self.intent.limits[disk.key], convergence.limit)
-
-    async def _guard_limits(self, disk: Disk, limits: Mapping[str, int]) -> None:
-        """Should promoter die, the guard gives a plain guest its own limits back."""
-        if not self.intent.domain:
-            own = self._plain.throttle(disk, limits)
-            alive = await self._relief.enter_async_context(guarded(self._plain, limits=(own,)))
-            beating = asyncio.create_task(alive.keep_beating(), name="pulse")
-            self._relief.callback(beating.cancel)
-
-    async def _unlimit(self) -> None:
-        view = await self._alive.look()
-        for key, limits in self.intent.limits.items():
-            if disk := view.disk(key):
-                await self._alive.limit(disk, limits)
-
-    async def _snapshot(self) -> None:
-        """Put all the disks' overlays above them in one short pause."""
-        disks = self.intent.disks
-        running = await self._alive.status() == "running"
-        self._save(replace(self.intent, stopped=running))
-        names = tuple(disk.names for disk in disks)
-        specs = tuple(map(_snapshot_spec, disks))
-        work = Work(self.intent.address, running, snapshots=specs, names=names)
-        pause = await self._while_suspended(work)
-        self._save(replace(self.intent, stopped=False))
-        for disk in disks:
-            self._report(disk).switchover_s = pause
-
-    async def _while_suspended(self, work: Work) -> float | None:
-        if not self.intent.domain:
-            await self._let_go()
-        return await while_suspended(work, self._journal.lock_fd(self.id))
-
-    async def _name(self, disk: DiskIntent, file: Path | None) -> None:
-        """Have the next boot open the disk's old file or its new one."""
-        assert file
-        new = file == disk.names.target
-        if new and disk.way is Way.SNAPSHOT:
-            await self._go_on()
-            return
-        if self.intent.domain:
-            form = disk.geometry.format if new else disk.chain.active.format
-            await define(self._domain, {disk.name: DefinedDisk(file, form)})
-        elif new:
-            disk.names.commit()
-        else:
-            disk.names.put_back()
-
-    async def _continue(self) -> None:
-        """Continue a guest that was left stopped, once no mirror of ours is starting in it."""
-        await self._go_on()
-        self._save(replace(self.intent, stopped=False))
-
-    async def _go_on(self) -> None:
-        disks = self.intent.disks
-        snapshots = [disk for disk in disks if disk.way is Way.SNAPSHOT]
-        await go_on(
-            self._alive,
-            _definitions(disks),
-            [_snapshot_spec(disk) for disk in snapshots],
-            [disk.names for disk in snapshots],
-            proceed=self.intent.stopped,
-        )
-
-    async def _await_ready(self) -> None:
-        began = time.monotonic()
-        running = self._with_job(Job.RUNNING)
-        slowing = asyncio.create_task(self._keep_slowing(running), name="convergence")
-        try:
-            for disk in running:
-                tick = partial(self._copied, disk, began)
-                job = await self._alive.wait_for(disk.job, READY, tick)
-                if job is None or job.status in ENDED:
-                    return
-                tick(job)
-        finally:
-            slowing.cancel()
-            await asyncio.gather(slowing, return_exceptions=True)
-
-    def _copied(self, disk: DiskIntent, began: float, job: BlockJob) -> None:
-        now = time.monotonic()
-        progress = Progress(job.done, job.total, now - began)
-        if disk.way is Way.COMMIT:
-            convergence = self._convergences[disk.job]
-            convergence.add(now, job.done, job.total)
-            progress = replace(progress, dirtied=convergence.dirty_rate, limit=convergence.limit)
-        self._on_progress(disk.name, str(disk.way), progress)
-
-    async def _keep_slowing(self, disks: list[DiskIntent]) -> None:
-        commits = [disk for disk in disks if disk.way is Way.COMMIT]
-        while commits and await self._alive.status() == "running":
-            await asyncio.sleep(SLOW_EVERY)
-            for disk in commits:
-                job = await self._alive.job(disk.job)
-                if job and job.status not in READY | ENDED:
-                    self._convergences[disk.job].add(time.monotonic(), job.done, job.total)
-                    await self._slow(disk)
-
-    async def _cancel_job(self, disk: DiskIntent) -> None:
-        self._expected_cancels.add(disk.node)
-        with suppress(CommandFailed):  # it ended by itself: the next look tells how
-            await self._alive.cancel(disk.job)
-        await self._alive.wait_for(disk.job, (), lambda _: None)
-
-    async def _dismiss(self, disk: DiskIntent) -> None:
-        """Read how the job ended, then let QEMU forget it."""
-        view = await self._alive.look()
-        job = view.jobs.get(disk.job)
-        seen = observe(disk, view)
-        if seen.active is Active.NEW:
-            if disk.way is Way.MIRROR and not self.intent.domain:
-                self._report(disk).switchover_s = pause_seconds(self._plain, disk)
-        elif job and not (job.error == CANCELED and disk.node in self._expected_cancels):
-            self._fail(*job_failure(disk, job))
-        self._expected_cancels.discard(disk.node)
-        await self._alive.dismiss(disk.job)
-
-    def _discard(self, disk: DiskIntent) -> None:
-        """Remove what was made for a disk that stays on its old chain."""
-        disk.names.withdraw()
-        if disk.commits:
-            return
-        seed.discard(disk.part)
-        if disk.seeded and file_id(disk.names.target) == disk.seeded.id:
-            disk.names.target.unlink()
-        sync(disk.names.target.parent)
-
-    async def _replan(self, index: int, disk: DiskIntent) -> None:
-        """The chain is no longer the one that was seeded: plan and seed what is there now."""
-        view = await self._alive.look()
-        found = view.disk(disk.key)
-        if found is None:
-            raise JobFailed(f"{disk.name} was unplugged from the guest")
-        if self.intent.kind is not Kind.PROMOTE:
-            raise Refused(f"{disk.name}: its chain changed meanwhile", "Look at it, and try again.")
-        if disk.replanned == MOST_REPLANS:
-            raise JobFailed(f"{disk.name}: its chain changed {MOST_REPLANS + 1} times")
-        if len(found.chain) == 1:
-            self._save(self.intent.without_disk(index))
-            return
-        again = await plan_disk(self._alive, view, found, self.intent.choices, self.id, disk.index)
-        assert again, "it has layers below"
-        again = replace(again, replanned=disk.replanned + 1)
-        self._save(self.intent.with_disk(index, again))
-
-    async def _tidy(self) -> None:
-        """After the switch: close the old nodes, remove the names that were only on the way."""
-        for disk in self.intent.disks:
-            if self._guest and not self.intent.domain:
-                await self._drop_old_nodes(disk)
-            view = await self._alive.look() if self._guest else None
-            if disk.way is not Way.COMMIT_BELOW:
-                disk.names.tidy()
-            if not disk.commits:
-                seed.discard(disk.part)
-            remove_spares(disk.names, view)
-            await asyncio.to_thread(_call_merged, disk)
-            if self.intent.choices.old is Old.DELETE:
-                await asyncio.to_thread(_delete_old, disk)
-            report = self._report(disk)
-            report.duration_s = time.monotonic() - self._began
-        self._save(replace(self.intent, tidied=True))
-
-    async def _drop_old_nodes(self, disk: DiskIntent) -> None:
-        view = await self._alive.look()
-        found = view.disk(disk.key)
-        if found and any(image.node == disk.node for image in found.chain):
-            for node in (n for image in disk.gone for n in (image.node, image.file_node) if n):
-                await self._plain.drop(node)
-
-    def _report(self, disk: DiskIntent) -> DiskReport:
-        names = disk.names
-        snapshot = disk.way is Way.SNAPSHOT
-        source = names.aside if snapshot else names.path
-        method = disk.method if disk.way is Way.MIRROR else None
-        report = self._reports.setdefault(
-            disk.mark,
-            DiskReport(disk.name, source, names.target, disk.way, method, node=disk.node),
-        )
-        report.target = names.path if names.in_place else names.target
-        report.old = next(filter(Path.exists, old_files(disk)), None)
-        report.kept = tuple(filter(Path.exists, old_files(disk)))
-        report.spare = next(iter(names.spares()), None)
-        return report
-
-
-def old_files(disk: DiskIntent) -> tuple[Path, ...]:
-    """The files that only the old chain had, the upper ones first, as they are called now."""
-    if disk.way is Way.SNAPSHOT:
-        return ()
-    active = () if disk.way is Way.COMMIT_BELOW else (disk.names.aside,)
-    if disk.commits:
-        return (*active, *_merged(disk).values())
-    return (*active, *_files(disk.gone[1:])) if disk.kept else active
-
-
-def _merged(disk: DiskIntent) -> dict[Path, Path]:
-    """What the layers under the active one are called once they are merged."""
-    below = disk.gone if disk.way is Way.COMMIT_BELOW else disk.gone[1:]
-    return {file: merged_name(file, disk.identity) for file in _files(below)}
-
-
-def _call_merged(disk: DiskIntent) -> None:
-    """Give the layers that were merged their new names, so that nobody takes them for readers."""
-    for file, merged in _merged(disk).items() if disk.commits else ():
-        if file.exists() and not is_open(file):
-            file.rename(merged)
-            sync(file.parent)
-
-
-def _delete_old(disk: DiskIntent) -> None:
-    """Remove what was left behind, unless somebody has or names it, the upper ones first."""
-    for file in old_files(disk):
-        if file.exists() and not is_open(file) and not is_named_as_backing(file):
-            file.unlink()
-            sync(file.parent)
-
-
-def _files(images: Iterable[Image]) -> tuple[Path, ...]:
-    return tuple(image.file for image in images if image.file)
-
-
-def _backing(disk: DiskIntent) -> Backing | None:
-    """What lies below the file that is made."""
-    if disk.way is Way.SNAPSHOT:
-        return Backing(disk.names.aside, disk.chain.active.format)
-    if disk.kept:
-        below = disk.chain.images[-disk.kept]
-        assert below.file, "checked to be a local file"
-        return Backing(below.file, below.format)
-    return None
-
-
-def _target_node(disk: DiskIntent) -> NodeSpec:
-    below = disk.chain.images[-disk.kept].node if disk.kept else None
-    node = (disk.node, disk.names.target, disk.geometry.format, disk.options)
-    return NodeSpec(*node, backing=below)
-
-
-def _mirror_spec(disk: DiskIntent, choices: Choices) -> MirrorSpec:
-    backing = _backing(disk)
-    return MirrorSpec(
-        job=disk.job,
-        source=disk.root,
-        replaces=disk.chain.active.node,
-        target=disk.node,
-        file=disk.names.target,
-        format=disk.geometry.format,
-        sync="full" if disk.method is SeedMethod.NONE and not disk.kept else "top",
-        granularity=disk.chain.active.granularity,
-        copy_mode=choices.copy_mode,
-        speed=choices.speed,
-        backing=backing.name if backing else None,
+    copy = await guest.copy(disk.name) if choices.adopt and isinstance(guest, Domain) else None
+    if copy:
+        check_copy(disk, copy, view)
+        choices = replace(choices, target=copy.file, format=copy.format, seed=SeedMethod.NONE)
+    check_clone(disk, choices.lose, adopted=copy is not None)
+    await check_chain(guest, disk)
+    names = choose_names(disk, choices, identity, adopted=copy is not None)
+    geometry = choose_layout(disk.chain, choices)
+    below = disk.chain.below
+    if why := _why_no_seed(disk):
+        method = _no_seed(choices, why)
+    else:
+        method, geometry = await asyncio.to_thread(_method, below, choices, geometry, names.target)
+    full = 0 if copy else await full_size(disk.chain, geometry)
+    return DiskIntent(
+        mark=f"promoter-{identity}-{index}",
+        index=index,
+        key=disk.key,
+        name=disk.name,
+        root=disk.node,
+        chain=disk.chain,
+        below=stamps(disk.chain),
+        options=options_for(disk, view),
+        names=names,
+        method=method,
+        geometry=geometry,
+        required=_new_size(disk.chain, full) if method is SeedMethod.REFLINK else full,
     )
 
 
-def _commit_spec(disk: DiskIntent, speed: int) -> CommitSpec:
-    top = disk.chain.images[disk.top] if disk.way is Way.COMMIT_BELOW else None
-    return CommitSpec(
-        job=disk.job,
-        source=disk.root,
-        target=disk.node,
-        file=disk.names.target,
-        speed=speed,
-        top=top.node if top else None,
-        top_file=top.file if top else None,
+def _new_size(chain: BackingChain, full: int) -> int:
+    """What is left of the full size when the lowest layer is shared and the rest written to it."""
+    *upper, base = chain
+    return max(full - base.allocated, sum(image.allocated for image in upper))
+
+
+def _why_no_seed(disk: Disk) -> str:
+    """Why everything must be copied by the mirror, if it must."""
+    below = disk.chain.below
+    if not is_local(below):
+        return "only the guest's QEMU can read a layer below that is not a local file"
+    if is_encrypted(below):
+        return "only the guest's QEMU has the key of an encrypted layer below"
+    if disk.libvirt and any(image.bitmaps for image in below):
+        return "libvirt keeps dirty bitmaps of layers below only when it copies those too"
+    return ""
+
+
+def _no_seed(choices: Choices, why: str) -> SeedMethod:
+    if choices.seed not in (None, SeedMethod.NONE):
+        raise Refused(why, "Use --seed none.")
+    return SeedMethod.NONE
+
+
+def _method(
+    below: tuple[Image, ...], choices: Choices, geometry: Geometry, target: Path
+) -> tuple[SeedMethod, Geometry]:
+    """How to seed, and the geometry that comes of it: a copied file keeps its own."""
+    base = below[-1]
+    copied = replace(
+        geometry,
+        cluster_size=base.cluster_size or geometry.cluster_size,
+        extended_l2=base.extended_l2,
     )
+    fits = copies_only_data(base, geometry) and _fits(copied, choices)
+    copyable = fits and len(below) == 1
+    reflinks = fits and can_merge(below) and can_reflink(file_of(base), target.parent)
+    merged = sum(image.allocated for image in below[:-1])
+    match choices.seed:
+        case SeedMethod.REFLINK if not reflinks:
+            raise Refused(
+                f"{base.file} cannot be reflinked to {target.parent}",
+                "That needs XFS or btrfs, and layers that hold nothing but data. Use --seed auto.",
+            )
+        case SeedMethod.COPY if not copyable:
+            raise Refused(
+                f"a copy of {base.file} would not be the image that is wanted",
+                "It would not hold just the guest's data, or have another layout. Use --seed auto.",
+            )
+        case SeedMethod.REFLINK | SeedMethod.COPY as asked:
+            return asked, copied
+        case None if reflinks and merged <= base.allocated:
+            return SeedMethod.REFLINK, copied
+        case None:
+            return SeedMethod.CONVERT, geometry
+        case asked:
+            return asked, geometry
 
 
-def _snapshot_spec(disk: DiskIntent) -> SnapshotSpec:
-    active, *below = disk.chain
-    frozen = NodeSpec(
-        node=f"{disk.node}-below",
-        file=disk.names.aside,
-        format=active.format,
-        options=disk.options,
-        backing=below[0].node if below else None,
-        read_only=True,
+def _fits(copied: Geometry, choices: Choices) -> bool:
+    """Has a copy the layout that was asked for, if one was?"""
+    return (
+        choices.cluster_size in (None, copied.cluster_size)
+        and choices.extended_l2 in (None, copied.extended_l2)
+        and choices.preallocation is Preallocation.OFF
     )
-    return SnapshotSpec(disk.name, active.node, active.file_node, _target_node(disk), frozen)
-
-
-def _definitions(disks: Iterable[DiskIntent]) -> dict[str, DefinedDisk]:
-    """What a domain's definition is to say of its new disks."""
-    return {d.name: DefinedDisk(d.names.target, d.geometry.format) for d in disks}

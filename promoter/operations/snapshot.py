@@ -16,6 +16,7 @@ from pathlib import Path
 from promoter.chain import Disk
 from promoter.errors import Refused
 from promoter.guests.base import Guest, GuestView
+from promoter.operations.move import Choices, DiskIntent, Kind, Way
 from promoter.operations.plan import (
     Plan,
     choose_layout,
@@ -33,7 +34,6 @@ from promoter.operations.preflight import (
     check_names,
     check_pause,
 )
-from promoter.operations.promotion import Choices, DiskIntent, Kind, Way
 from promoter.storage.files import file_id
 from promoter.storage.names import Names, boot_name
 from promoter.storage.seed import SeedMethod

@@ -45,7 +45,7 @@ from promoter.guests.base import (
 )
 from promoter.guests.libvirt import LibvirtGuest
 from promoter.guests.qmp import QmpGuest
-from promoter.operations.promotion import DomainAddress
+from promoter.operations.move import DomainAddress
 from promoter.operations.start import scanned, start
 from promoter.operations.switchover import TooSlow, settle
 from promoter.storage.files import sync

@@ -20,7 +20,7 @@ from promoter.errors import JobFailed, NoSpace, PromoterError
 from promoter.guests.base import CommandFailed, Guest, PlainGuest
 from promoter.operations import guard
 from promoter.operations.guarding import Pulse, guarded
-from promoter.operations.promotion import DiskIntent
+from promoter.operations.move import DiskIntent
 from promoter.operations.start import LOOK_EVERY
 
 LONGEST_WAIT = 60.0

@@ -1,5 +1,7 @@
-"""Promote, as values: what is intended, what is seen, and what comes next.
+"""A move, as values: what is intended, what is seen, and what comes next.
 
+A *move* takes the guest's disks off their active layers, all together: onto new disks (promote,
+consolidate --beside), into layers below (consolidate), or onto overlays above (snapshot).
 `decide` is pure. A fresh run, a retry and a recovery after a kill are the same
 function asked at another moment; nothing depends on what promoter remembers
 having done. The rules it keeps, whatever it is shown:
@@ -11,8 +13,8 @@ having done. The rules it keeps, whatever it is shown:
   still the one that was seeded;
 * nothing that a guest writes to, or that its next boot opens, is discarded.
 
-Source: US 10585690 B2, claims 1 to 7 (docs name the steps); QAPI
-``blockdev-mirror``, ``job-complete``, ``job-finalize``.
+Source: US 10585690 B2, claims 1 to 7, and US 10956041 B2 (docs name the steps); QAPI
+``blockdev-mirror``, ``block-commit``, ``job-complete``, ``job-finalize``.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ class Way(StrEnum):
 
 
 class Loss(StrEnum):
-    """What a promotion may leave behind, if the operator says so."""
+    """What a move may leave behind, if the operator says so."""
 
     SNAPSHOTS = "snapshots"
     ENCRYPTION = "encryption"
@@ -117,7 +119,7 @@ class DomainAddress:
 
 @dataclass(frozen=True)
 class DiskIntent:
-    """One disk of a promotion.
+    """One disk of a move.
 
     ``mark`` is what we name ours by; ``root`` is the node that the guest's device has;
     ``below`` are the files under the active layer, as they were planned. ``kept`` counts the
@@ -192,7 +194,7 @@ class DiskIntent:
 
 
 class Failure(StrEnum):
-    """Why a promotion goes no further."""
+    """Why a move goes no further."""
 
     CANCELLED = "cancelled"
     NO_SPACE = "no space"
@@ -201,7 +203,7 @@ class Failure(StrEnum):
 
 
 @dataclass(frozen=True)
-class Promotion:
+class Move:
     """The journalled intent. ``failure`` says why it is being put back, if it is.
 
     ``stopped``: the guest's CPUs are stopped, by us; so we are to continue them. ``domain`` is
@@ -225,10 +227,10 @@ class Promotion:
         """Where the guest is found again."""
         return self.domain or Path(self.guest)
 
-    def with_disk(self, index: int, disk: DiskIntent) -> Promotion:
+    def with_disk(self, index: int, disk: DiskIntent) -> Move:
         return replace(self, disks=(*self.disks[:index], disk, *self.disks[index + 1 :]))
 
-    def without_disk(self, index: int) -> Promotion:
+    def without_disk(self, index: int) -> Move:
         return replace(self, disks=self.disks[:index] + self.disks[index + 1 :])
 
 
@@ -336,8 +338,8 @@ class Action:
         return name if self.disk is None else f"{name} (disk {self.disk})"
 
 
-def decide(intent: Promotion, seen: Seen) -> Action:
-    """The next action that brings the promotion to its end, or safely back."""
+def decide(intent: Move, seen: Seen) -> Action:
+    """The next action that brings the move to its end, or safely back."""
     if intent.stopped and seen.alive:
         return Action(Do.CONTINUE)
     needed = next_of_each(intent, seen)
@@ -347,7 +349,7 @@ def decide(intent: Promotion, seen: Seen) -> Action:
     return Action(first, None if first in TOGETHER else index)
 
 
-def next_of_each(intent: Promotion, seen: Seen) -> dict[int, Do]:
+def next_of_each(intent: Move, seen: Seen) -> dict[int, Do]:
     """What each disk, by its index, needs next by itself; not those that need nothing."""
     committed = any(disk.named is Named.NEW for disk in seen.disks)
     steps = (
@@ -357,7 +359,7 @@ def next_of_each(intent: Promotion, seen: Seen) -> dict[int, Do]:
     return {index: do for index, do in enumerate(steps) if do is not None}
 
 
-def _end(intent: Promotion, seen: Seen) -> Action:
+def _end(intent: Move, seen: Seen) -> Action:
     if intent.limits and seen.alive:
         return Action(Do.UNLIMIT)
     if not all(disk.switched for disk in seen.disks):
@@ -365,9 +367,7 @@ def _end(intent: Promotion, seen: Seen) -> Action:
     return Action(Do.DONE if intent.tidied else Do.TIDY)
 
 
-def _next(
-    intent: Promotion, way: Way, disk: DiskSeen, *, alive: bool, committed: bool
-) -> Do | None:
+def _next(intent: Move, way: Way, disk: DiskSeen, *, alive: bool, committed: bool) -> Do | None:
     """What one disk needs next; None when there is nothing left to do for it."""
     if disk.job is Job.PENDING:
         return Do.FINISH_SWITCHOVER if committed and disk.can_finish else Do.UNFREEZE

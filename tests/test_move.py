@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from promoter.chain import BackingChain, DiskOptions, FileId, Image
-from promoter.operations.promotion import (
+from promoter.operations.move import (
     FINAL,
     Action,
     Active,
@@ -27,7 +27,7 @@ from promoter.operations.promotion import (
     Do,
     Failure,
     Job,
-    Promotion,
+    Move,
     Seen,
     Target,
     Way,
@@ -72,8 +72,8 @@ def promotion(
     tidied: bool = False,
     stopped: bool = False,
     slowed: bool = False,
-) -> Promotion:
-    return Promotion(
+) -> Move:
+    return Move(
         "00000000",
         "g",
         Choices(),
@@ -103,7 +103,7 @@ def after_death(disk: DiskSeen) -> DiskSeen:
     return replace(disk, active=Active.ABSENT, job=Job.NONE, attached=False, unchanged=False)
 
 
-def check_decision(intent: Promotion, seen: Seen) -> None:
+def check_decision(intent: Move, seen: Seen) -> None:
     """What must hold whatever is seen."""
     action = decide(intent, seen)
     way = intent.disks[0].way

@@ -1,0 +1,82 @@
+"""What a move leaves: second names, kept as long as a QEMU remembers them, and old layers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
+
+from promoter.chain import Image
+from promoter.errors import Unreachable
+from promoter.guests.base import Guest, GuestView
+from promoter.operations.move import DiskIntent, Move, Way
+from promoter.storage.files import is_open, sync
+from promoter.storage.images import backing_name
+from promoter.storage.names import MERGED, Names, merged_name
+
+
+async def sweep(intent: Move, connect: Callable[[Move], Awaitable[Guest]]) -> None:
+    """Remove the names that an operation which has ended left, if no QEMU needs them."""
+    view = None
+    try:
+        guest = await connect(intent)
+    except Unreachable:
+        if any([await asyncio.to_thread(is_open, disk.names.path) for disk in intent.disks]):
+            return
+    else:
+        try:
+            view = await guest.look()
+        finally:
+            await guest.close()
+    for disk in intent.disks:
+        remove_spares(disk.names, view)
+
+
+def remove_spares(names: Names, view: GuestView | None) -> None:
+    """Remove the names that no QEMU remembers and no header has; None: there is no QEMU."""
+    for spare in names.spares():
+        remembered = view is not None and str(spare) in view.files
+        if not remembered and not is_named_as_backing(spare):
+            spare.unlink()
+
+
+def is_named_as_backing(file: Path) -> bool:
+    """Does an image in the same directory that is not merged have this name in its header?"""
+    siblings = (p for p in file.parent.iterdir() if p.is_file() and not MERGED.search(p.name))
+    return any(Path(backing_name(path) or "").name == file.name for path in siblings)
+
+
+def old_files(disk: DiskIntent) -> tuple[Path, ...]:
+    """The files that only the old chain had, the upper ones first, as they are called now."""
+    if disk.way is Way.SNAPSHOT:
+        return ()
+    active = () if disk.way is Way.COMMIT_BELOW else (disk.names.aside,)
+    if disk.commits:
+        return (*active, *_merged(disk).values())
+    return (*active, *_files(disk.gone[1:])) if disk.kept else active
+
+
+def _merged(disk: DiskIntent) -> dict[Path, Path]:
+    """What the layers under the active one are called once they are merged."""
+    below = disk.gone if disk.way is Way.COMMIT_BELOW else disk.gone[1:]
+    return {file: merged_name(file, disk.identity) for file in _files(below)}
+
+
+def call_merged(disk: DiskIntent) -> None:
+    """Give the layers that were merged their new names, so that nobody takes them for readers."""
+    for file, merged in _merged(disk).items() if disk.commits else ():
+        if file.exists() and not is_open(file):
+            file.rename(merged)
+            sync(file.parent)
+
+
+def delete_old(disk: DiskIntent) -> None:
+    """Remove what was left behind, unless somebody has or names it, the upper ones first."""
+    for file in old_files(disk):
+        if file.exists() and not is_open(file) and not is_named_as_backing(file):
+            file.unlink()
+            sync(file.parent)
+
+
+def _files(images: Iterable[Image]) -> tuple[Path, ...]:
+    return tuple(image.file for image in images if image.file)
