@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from pydantic import TypeAdapter
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, TaskID, TextColumn
@@ -30,6 +29,7 @@ from promoter.operations.move import DiskIntent, Kind, Way
 from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import Plan
 from promoter.storage.siblings import Siblings
+from promoter.values import adapter
 
 LINE_EVERY = 5.0
 NOTHING = {
@@ -49,8 +49,6 @@ ASKED = {
     "cancel": "asked to go back; a switchover that has begun still goes through",
 }
 LOG_WIDTH = 500
-REPORTS = TypeAdapter(list[DiskReport])
-COPIES = TypeAdapter(list[Copied])
 
 
 def human_seconds(seconds: float | None) -> str:
@@ -389,9 +387,9 @@ def replay(event: dict[str, Any], output: Output) -> None:
             progress = Progress(done, total, elapsed, event["dirtied"], event["limit"])
             output.progress(event["id"], event["disk"], event["phase"], progress)
         case "result" if event["operation"] == KIND:
-            output.backups(event, COPIES.validate_python(event.pop("disks")))
+            output.backups(event, adapter(list[Copied]).validate_python(event.pop("disks")))
         case "result":
-            output.result(event, REPORTS.validate_python(event.pop("disks")))
+            output.result(event, adapter(list[DiskReport]).validate_python(event.pop("disks")))
         case "error":
             raise from_fields(event)
 

@@ -23,13 +23,14 @@ from promoter.guests.base import Guest, GuestView
 from promoter.guests.libvirt import LibvirtGuest
 from promoter.guests.qmp import QmpGuest
 from promoter.operations import backup, control
-from promoter.operations.backup import INTENT_OF_BACKUP, Backup, BackupOperation
+from promoter.operations.backup import Backup, BackupOperation
 from promoter.operations.journal import Entry, Journal, OperationStatus, new_id
 from promoter.operations.leftovers import sweep
 from promoter.operations.move import Choices, Move
-from promoter.operations.moving import INTENT, MoveOperation, OnProgress, OnStep
+from promoter.operations.moving import MoveOperation, OnProgress, OnStep
 from promoter.operations.plan import Plan
 from promoter.storage.siblings import Siblings, find_siblings
+from promoter.values import from_json, to_json
 
 Op = TypeVar("Op", MoveOperation, BackupOperation)
 Planner = Callable[[Guest, str, Choices], Awaitable[Plan]]
@@ -108,7 +109,7 @@ async def perform(
         await guest.close()
         raise
     with journal.hold(move.id):
-        intent = INTENT.dump_json(move).decode()
+        intent = to_json(move)
         journal.open(move.id, move.kind, move.guest, intent)
         await _run(move, journal, guest, output)
 
@@ -131,7 +132,7 @@ async def back_up(
         await guest.close()
     journal = Journal(state)
     with journal.hold(intent.id):
-        kept = INTENT_OF_BACKUP.dump_json(intent).decode()
+        kept = to_json(intent)
         journal.open(intent.id, backup.KIND, intent.guest, kept)
         await _run_backup(intent, journal, output)
 
@@ -199,7 +200,7 @@ async def resume(identity: str | None, state: Path, output: Output) -> None:
 def _leaves_spare(entry: Entry) -> bool:
     if entry.kind == backup.KIND:
         return False
-    move = INTENT.validate_json(entry.intent)
+    move = from_json(Move, entry.intent)
     return move.tidied and any(disk.names.spares() for disk in move.disks)
 
 
@@ -207,9 +208,9 @@ async def _resume(journal: Journal, identity: str, output: Output) -> None:
     with journal.hold(identity):
         entry = journal.entry(identity)
         if entry.kind == backup.KIND:
-            await _run_backup(INTENT_OF_BACKUP.validate_json(entry.intent), journal, output)
+            await _run_backup(from_json(Backup, entry.intent), journal, output)
             return
-        move = INTENT.validate_json(entry.intent)
+        move = from_json(Move, entry.intent)
         if entry.status in ENDED:
             if move.tidied:
                 await sweep(move, connect_again)

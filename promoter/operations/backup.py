@@ -19,8 +19,6 @@ from datetime import UTC, datetime
 from enum import Enum, StrEnum
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
 from promoter.blockjob import Progress
 from promoter.chain import Image
 from promoter.errors import (
@@ -35,7 +33,7 @@ from promoter.guests.base import Domain, Guest
 from promoter.operations import consolidate, operation, snapshot
 from promoter.operations.journal import Journal, OperationStatus, new_id
 from promoter.operations.move import Choices, DiskIntent, DomainAddress, Move, Old
-from promoter.operations.moving import INTENT, MoveOperation, OnProgress, OnStep
+from promoter.operations.moving import MoveOperation, OnProgress, OnStep
 from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import Plan, file_of
 from promoter.operations.preflight import check_directory
@@ -45,6 +43,7 @@ from promoter.storage.images import Backing, backing_name
 from promoter.storage.names import boot_name
 from promoter.storage.pace import Pace
 from promoter.storage.seed import Geometry, SeedMethod, SeedSpec
+from promoter.values import from_json, to_json
 
 KIND = "backup"
 LAST = "last"
@@ -78,9 +77,6 @@ class Backup:
     hint: str = ""
     exit_code: int = 0
     pruned: bool = False
-
-
-INTENT_OF_BACKUP = TypeAdapter(Backup)
 
 
 class Part(Enum):
@@ -354,7 +350,7 @@ class BackupOperation:
             self._save(replace(self.intent, failure=why, hint=hint, exit_code=code))
 
     def _save(self, intent: Backup) -> None:
-        self._journal.save(self.id, INTENT_OF_BACKUP.dump_json(intent).decode())
+        self._journal.save(self.id, to_json(intent))
         self.intent = intent
 
     async def _perform(
@@ -373,10 +369,10 @@ class BackupOperation:
                 except BaseException:
                     await guest.close()
                     raise
-                kept = INTENT.dump_json(move).decode()
+                kept = to_json(move)
                 self._journal.open(identity, move.kind, move.guest, kept)
             else:
-                move = INTENT.validate_json(entry.intent)
+                move = from_json(Move, entry.intent)
             connect, progress, step = self._connect, self._on_progress, self._on_step
             self._child = MoveOperation(move, self._journal, connect, progress, step)
             if self._pace.paused:
@@ -389,7 +385,7 @@ class BackupOperation:
     def _frozen(self) -> Move:
         entry = self._journal.find(self.intent.frozen)
         assert entry, "it was journalled before it began"
-        return INTENT.validate_json(entry.intent)
+        return from_json(Move, entry.intent)
 
     def _delta(self) -> Choices:
         """What the backup's own snapshot put above the disks, and nothing else, is merged."""

@@ -24,9 +24,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from promoter.storage.names import Names
+from promoter.values import from_json
 
 READY, ALIVE, LEAVE = b"r", b".", b"q"
 
@@ -53,9 +52,6 @@ class GuardSpec:
     starting: str | None = None
     standing: bool = False
     limits: tuple[dict[str, Any], ...] = ()
-
-
-SPEC = TypeAdapter(GuardSpec)
 
 
 def watch(spec: GuardSpec, pipe: int) -> None:
@@ -135,7 +131,7 @@ def _ask(spec: GuardSpec, command: str) -> Any:
 def main() -> None:
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
-    spec = SPEC.validate_json(sys.argv[1])
+    spec = from_json(GuardSpec, sys.argv[1])
     os.write(sys.stdout.fileno(), READY)
     watch(spec, sys.stdin.fileno())
 

@@ -11,6 +11,7 @@ from typing import Any
 from promoter.errors import JobFailed
 from promoter.guests.base import PlainGuest
 from promoter.operations import guard
+from promoter.values import to_json
 
 DEADLINE = 1.0
 
@@ -46,7 +47,7 @@ async def guarded(
     """
     spec = guard.GuardSpec(guest.monitor_fd, DEADLINE, switches, starting, standing, limits)
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", guard.__name__, guard.SPEC.dump_json(spec).decode()),
+        *(sys.executable, "-P", "-m", guard.__name__, to_json(spec)),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         pass_fds=[guest.monitor_fd],

@@ -19,8 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import TypeAdapter
-
 from promoter.blockjob import ENDED, READY, BlockJob, Progress
 from promoter.errors import (
     Cancelled,
@@ -90,8 +88,8 @@ from promoter.storage import seed
 from promoter.storage.files import file_id, is_locked, is_open, sync
 from promoter.storage.pace import Pace
 from promoter.storage.seed import SeedSpec
+from promoter.values import to_json
 
-INTENT = TypeAdapter(Move)
 MOST_REPLANS = 3
 CANCELED = "Operation canceled"
 LONGEST_DEATH = 5.0
@@ -369,7 +367,7 @@ class MoveOperation:
             self._save(replace(self.intent, failure=failure, reason=reason))
 
     def _save(self, intent: Move) -> None:
-        self._journal.save(self.id, INTENT.dump_json(intent).decode())
+        self._journal.save(self.id, to_json(intent))
         self.intent = intent
 
     def _remember_limits(self, disk: str, limits: Mapping[str, int]) -> None:

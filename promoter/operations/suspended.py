@@ -27,8 +27,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
 from promoter.errors import JobFailed, Unreachable
 from promoter.guests.base import (
     CommandFailed,
@@ -50,6 +48,7 @@ from promoter.operations.start import scanned, start
 from promoter.operations.switchover import TooSlow, settle
 from promoter.storage.files import sync
 from promoter.storage.names import Names
+from promoter.values import from_json, to_json
 
 LONGEST = 60.0
 LONGEST_ABSENCE = 60.0
@@ -81,9 +80,6 @@ class Done:
     too_slow: bool = False
 
 
-WORK, DONE = TypeAdapter(Work), TypeAdapter(Done)
-
-
 async def while_suspended(work: Work, lock_fd: int) -> float | None:
     """Have a process of its own do it; for how many seconds it had the guest suspended.
 
@@ -91,7 +87,7 @@ async def while_suspended(work: Work, lock_fd: int) -> float | None:
     `ConnectionLost` when libvirtd or the guest went away.
     """
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", __name__, WORK.dump_json(work).decode()),
+        *(sys.executable, "-P", "-m", __name__, to_json(work)),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         pass_fds=[lock_fd],
@@ -107,7 +103,7 @@ async def while_suspended(work: Work, lock_fd: int) -> float | None:
         raise ConnectionLost("the guest's host went away while the guest was suspended")
     if process.returncode:
         raise JobFailed("the process that had the guest suspended did not end well")
-    done = DONE.validate_json(answer)
+    done = from_json(Done, answer)
     if done.failures:
         raise (TooSlow if done.too_slow else JobFailed)("; ".join(done.failures))
     return done.pause
@@ -252,10 +248,10 @@ def main() -> None:
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     try:
-        done = asyncio.run(_run(WORK.validate_json(sys.argv[1])))
+        done = asyncio.run(_run(from_json(Work, sys.argv[1])))
     except ConnectionLost as error:
         sys.exit(error.exit_code)
-    sys.stdout.write(DONE.dump_json(done).decode())
+    sys.stdout.write(to_json(done))
 
 
 if __name__ == "__main__":
