@@ -76,7 +76,7 @@ from promoter.operations.specs import (
     target_node,
 )
 from promoter.operations.start import start_standing
-from promoter.operations.suspended import LONGEST_ABSENCE, Work, define, go_on, while_suspended
+from promoter.operations.suspended import LONGEST_ABSENCE, Work, Worker, define, go_on
 from promoter.operations.switchover import (
     TooSlow,
     commit_all,
@@ -125,6 +125,7 @@ class MoveOperation:
         self._on_progress = on_progress
         self._on_step = on_step
         self._guest: Guest | None = None
+        self._worker: Worker | None = None
         self._seen = Seen(alive=False, disks=())
         self._acting: asyncio.Task[None] | None = None
         self._stopped = False
@@ -165,6 +166,8 @@ class MoveOperation:
             raise Interrupted(error.message, hint) from error
         finally:
             await self._let_go()
+            if self._worker:
+                await self._worker.dismiss()
         if last.do is not Do.DONE:
             raise self._conclude(last)
         reports = [self._report(disk) for disk in self.intent.disks]
@@ -588,7 +591,8 @@ class MoveOperation:
     async def _while_suspended(self, work: Work) -> float | None:
         if not self.intent.domain:
             await self._let_go()
-        return await while_suspended(work, self._journal.lock_fd(self.id))
+        worker, self._worker = self._worker or await Worker.start(), None
+        return await worker.do(work, self._journal.lock_fd(self.id))
 
     async def _name(self, disk: DiskIntent, file: Path | None) -> None:
         """Have the next boot open the disk's old file or its new one."""
@@ -623,6 +627,8 @@ class MoveOperation:
 
     async def _await_ready(self) -> None:
         began = time.monotonic()
+        if self.intent.domain:
+            self._worker = self._worker or await Worker.start()
         running = self._with_job(Job.RUNNING)
         commits = [disk for disk in running if disk.way is Way.COMMIT]
         keep_slowing = self._slowing.keep_slowing(self._alive, commits)

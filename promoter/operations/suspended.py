@@ -11,7 +11,8 @@ frozen. It holds the operation's lock, so that ``job resume`` does not come in b
 die itself, promoter sees a guest that it had stopped, and does the rest. A plain guest's monitor
 serves one client: promoter closes its own before.
 
-Run as ``python -m promoter.operations.suspended SPEC``; its answer is on standard output.
+Run as ``python -m promoter.operations.suspended``, with a socket as its standard input, over which
+the work comes; its answer is on standard output.
 Source: ``virDomainSuspend``, ``virDomainBlockCopy``, ``virDomainBlockJobAbort`` (``PIVOT``),
 ``virDomainDefineXML``, ``virDomainSnapshotCreateXML``; QAPI ``transaction``, ``blockdev-reopen``.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -51,6 +53,7 @@ from promoter.storage.names import Names
 from promoter.values import from_json, to_json
 
 LONGEST = 60.0
+MOST_AT_ONCE = 1 << 16
 LONGEST_ABSENCE = 60.0
 """How long libvirtd may be gone, in seconds, before promoter gives up waiting for it."""
 
@@ -80,33 +83,73 @@ class Done:
     too_slow: bool = False
 
 
-async def while_suspended(work: Work, lock_fd: int) -> float | None:
-    """Have a process of its own do it; for how many seconds it had the guest suspended.
-
-    Raises `JobFailed` when something failed, `TooSlow` when the copies did not catch up,
-    `ConnectionLost` when libvirtd or the guest went away.
+class Worker:
+    """The process, from promoter's side. It is started early, since that takes a while; without
+    work, it ends with promoter.
     """
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", __name__, to_json(work)),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        pass_fds=[lock_fd],
-        start_new_session=True,
-    )
-    try:
-        async with asyncio.timeout(LONGEST + LONGEST_ABSENCE):
-            answer, _ = await process.communicate()
-    except TimeoutError as error:
-        process.kill()
-        raise JobFailed("no answer in time while the guest was suspended") from error
-    if process.returncode == ConnectionLost.exit_code:
-        raise ConnectionLost("the guest's host went away while the guest was suspended")
-    if process.returncode:
-        raise JobFailed("the process that had the guest suspended did not end well")
-    done = from_json(Done, answer)
-    if done.failures:
-        raise (TooSlow if done.too_slow else JobFailed)("; ".join(done.failures))
-    return done.pause
+
+    def __init__(self, process: asyncio.subprocess.Process, work: socket.socket) -> None:
+        self._process = process
+        self._work = work
+
+    @classmethod
+    async def start(cls) -> Worker:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-m", __name__),
+                stdin=theirs.fileno(),
+                stdout=asyncio.subprocess.PIPE,
+                start_new_session=True,
+            )
+        return cls(process, ours)
+
+    async def do(self, work: Work, lock_fd: int) -> float | None:
+        """Have it done; for how many seconds the guest was suspended. ``lock_fd`` is the
+        operation's lock.
+
+        Raises `JobFailed` when something failed, `TooSlow` when the copies did not catch up,
+        `ConnectionLost` when libvirtd or the guest went away.
+        """
+        try:
+            async with asyncio.timeout(LONGEST + LONGEST_ABSENCE):
+                with suppress(ConnectionError):  # it has died: its exit code says so
+                    await asyncio.to_thread(self._send, work, lock_fd)
+                answer, _ = await self._process.communicate()
+        except TimeoutError as error:
+            raise JobFailed("no answer in time while the guest was suspended") from error
+        finally:
+            await self.dismiss()
+        if self._process.returncode == ConnectionLost.exit_code:
+            raise ConnectionLost("the guest's host went away while the guest was suspended")
+        if self._process.returncode:
+            raise JobFailed("the process that had the guest suspended did not end well")
+        done = from_json(Done, answer)
+        if done.failures:
+            raise (TooSlow if done.too_slow else JobFailed)("; ".join(done.failures))
+        return done.pause
+
+    def _send(self, work: Work, lock_fd: int) -> None:
+        text = to_json(work).encode()
+        sent = socket.send_fds(self._work, [text], [lock_fd])
+        self._work.sendall(text[sent:])
+        self._work.shutdown(socket.SHUT_WR)
+
+    async def dismiss(self) -> None:
+        """End it, if it has not ended."""
+        self._work.close()
+        if self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
+
+
+def _receive() -> bytes:
+    """The work, and the lock, which is held as long as this process lives; nothing: no work."""
+    with socket.socket(fileno=sys.stdin.fileno()) as work:
+        text, _locks, *_ = socket.recv_fds(work, MOST_AT_ONCE, 1)
+        while more := work.recv(MOST_AT_ONCE):
+            text += more
+    return text
 
 
 async def go_on(
@@ -247,8 +290,10 @@ async def _come_back(address: DomainAddress) -> Guest:
 def main() -> None:
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
+    if not (work := _receive()):
+        return
     try:
-        done = asyncio.run(_run(from_json(Work, sys.argv[1])))
+        done = asyncio.run(_run(from_json(Work, work)))
     except ConnectionLost as error:
         sys.exit(error.exit_code)
     sys.stdout.write(to_json(done))
