@@ -137,6 +137,7 @@ class PromoteOperation:
         self._paces: dict[str, Pace] = {}
         self._convergences = defaultdict[str, Convergence](Convergence)
         self._relief = AsyncExitStack()
+        self._relieved: set[str] = set()
         self._paused_in_vain = 0
         self._began = time.monotonic()
 
@@ -236,7 +237,7 @@ class PromoteOperation:
     async def _let_go(self) -> None:
         if self._guest:
             with suppress(PromoterError):  # gone: then nobody is slow
-                await self._unlimit()
+                await self._relieve()
             await self._relief.aclose()
             await self._guest.close()
         self._guest = None
@@ -330,8 +331,7 @@ class PromoteOperation:
             case Do.CONTINUE:
                 await self._continue()
             case Do.UNLIMIT:
-                await self._unlimit()
-                await self._relief.aclose()
+                await self._relieve()
                 self._save(replace(self.intent, limits={}))
             case Do.SEED:
                 needed = next_of_each(self.intent, self._seen)
@@ -546,7 +546,10 @@ class PromoteOperation:
         if disk.key not in self.intent.limits:
             before = await self._alive.limits(found)
             self._save(replace(self.intent, limits={**self.intent.limits, disk.key: before}))
-            await self._guard_limits(found, before)
+        if disk.key not in self._relieved:
+            await self._guard_limits(found, self.intent.limits[disk.key])
+            self._relieved.add(disk.key)
+            self._relief.callback(self._relieved.discard, disk.key)
         await self._alive.limit(found, self.intent.limits[disk.key], convergence.limit)
 
     async def _guard_limits(self, disk: Disk, limits: Mapping[str, int]) -> None:
@@ -557,11 +560,13 @@ class PromoteOperation:
             beating = asyncio.create_task(alive.keep_beating(), name="pulse")
             self._relief.callback(beating.cancel)
 
-    async def _unlimit(self) -> None:
+    async def _relieve(self) -> None:
+        """Give the guest its own limits back; then no guard has to."""
         view = await self._alive.look()
         for key, limits in self.intent.limits.items():
             if disk := view.disk(key):
                 await self._alive.limit(disk, limits)
+        await self._relief.aclose()
 
     async def _snapshot(self) -> None:
         """Put all the disks' overlays above them in one short pause."""
