@@ -319,7 +319,7 @@ def test_a_guest_that_writes_faster_than_can_be_copied_is_slowed_until_a_short_p
     case = Case(make, tmp_path, layers[-1:])
     with case.guest as guest:
         guest.wait_for_acks(60)
-        ran = case.run("consolidate", "--speed", "2M", "--max-pause", "500ms")
+        ran = case.run("consolidate", "--speed", "8M", "--max-pause", "500ms")
         assert ran.code == 0, ran.out
         progress = [line for line in ran.lines if line["event"] == "progress"]
         assert max(line["dirtied"] for line in progress) > 0
@@ -342,7 +342,7 @@ def test_a_guest_keeps_the_limits_of_its_own(make: Make, tmp_path: Path) -> None
             tune = {"write_bytes_sec": 8 * MIB, "write_iops_sec": 500}
             guest.domain.setBlockIoTune("vda", tune, libvirt.VIR_DOMAIN_AFFECT_LIVE)
         before = throttles(case)
-        ran = case.run("consolidate", "--speed", "2M")
+        ran = case.run("consolidate", "--speed", "8M")
         assert ran.code == 0, ran.out
         limits = [line["limit"] for line in ran.lines if line["event"] == "progress"]
         assert any(limits)
