@@ -198,7 +198,7 @@ def test_a_killed_promoter_leaves_no_guest_slowed(tmp_path: Path) -> None:
     case = Case(lambda disks: VM(tmp_path, disks, writer={"rate": 0}), tmp_path, layers[-1:])
     with case.guest as guest:
         guest.wait_for_acks(60)
-        running = case.start("consolidate", "--speed", "8M")
+        running = case.start("consolidate", "--speed", "3M")
         wait_for(lambda: case.limits() > {0}, "the guest to be slowed", 60)
         running.send_signal(signal.SIGKILL)
         assert ended(running).code == -signal.SIGKILL

@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -623,7 +622,12 @@ class PromoteOperation:
         slowing = asyncio.create_task(self._keep_slowing(running), name="convergence")
         try:
             for disk in running:
-                tick = partial(self._copied, disk, began)
+
+                def tick(job: BlockJob, disk: DiskIntent = disk) -> None:
+                    if slowing.done():
+                        slowing.result()  # raises what went wrong with it
+                    self._copied(disk, began, job)
+
                 job = await self._alive.wait_for(disk.job, READY, tick)
                 if job is None or job.status in ENDED:
                     return
@@ -709,7 +713,7 @@ class PromoteOperation:
             if not disk.commits:
                 seed.discard(disk.part)
             for spare in disk.names.spares():
-                remembered = view is not None and str(spare) in view.files
+                remembered = view is not None and disk.names.is_remembered(spare, view.files)
                 if not remembered and not _is_named_as_backing(spare):
                     spare.unlink()
             await asyncio.to_thread(_call_merged, disk)
