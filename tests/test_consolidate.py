@@ -29,6 +29,11 @@ PAUSE = 0.5  # --max-pause, in seconds
 NOISE = 1.0  # two guests under TCG share this machine with the tests
 
 
+NIGHTLY_LIBVIRT = pytest.mark.parametrize(
+    "make", ["qemu", pytest.param("libvirt", marks=pytest.mark.nightly)], indirect=True
+)
+
+
 @pytest.fixture(params=["qemu", "libvirt"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
     """Makes a guest of one kind; it writes as fast as it can."""
@@ -82,6 +87,7 @@ def test_a_snapshot_freezes_every_disk_at_one_instant(make: Make, tmp_path: Path
     assert len(case.files() - {"state"}) == 6, "three layers of each disk, by one name each"
 
 
+@pytest.mark.nightly
 def test_snapshots_promotions_and_consolidations_follow_each_other(
     make: Make, tmp_path: Path
 ) -> None:
@@ -121,6 +127,7 @@ def test_what_follows_a_commit_finds_the_path_that_the_guest_boots_from(tmp_path
         case.prove_boots(3)
 
 
+@pytest.mark.nightly
 def test_a_dry_run_of_a_snapshot_changes_nothing(make: Make, tmp_path: Path) -> None:
     case = Case(make, tmp_path, [linked_clone(base(), tmp_path / "disk.qcow2")])
     with case.guest:
@@ -162,6 +169,7 @@ def test_the_deltas_are_merged_in_one_pass(make: Make, tmp_path: Path, deltas: i
         case.prove_tidy(*first, *kept, case.state)
 
 
+@pytest.mark.nightly
 def test_what_several_layers_hold_is_copied_once(tmp_path: Path) -> None:
     layers = chain(tmp_path, 6)
     for layer in layers[2:]:
@@ -175,6 +183,7 @@ def test_what_several_layers_hold_is_copied_once(tmp_path: Path) -> None:
         assert 16 * MIB <= disk["mirrored_bytes"] < 2 * 16 * MIB
 
 
+@NIGHTLY_LIBVIRT
 def test_layers_under_the_active_one_are_merged_without_a_switchover(
     make: Make, tmp_path: Path
 ) -> None:
@@ -193,7 +202,10 @@ def test_layers_under_the_active_one_are_merged_without_a_switchover(
         case.prove_tidy(*layers[1:3], layers[5], *kept, case.state)
 
 
-@pytest.mark.parametrize("where", ["in place", "elsewhere"])
+@NIGHTLY_LIBVIRT
+@pytest.mark.parametrize(
+    "where", ["in place", pytest.param("elsewhere", marks=pytest.mark.nightly)]
+)
 def test_beside_makes_a_new_disk_and_writes_into_none(
     make: Make, tmp_path: Path, where: str
 ) -> None:
@@ -221,6 +233,7 @@ def test_beside_makes_a_new_disk_and_writes_into_none(
     case.prove_tidy(*layers[1:-1], Path(disk["old"]), new, case.state)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("words", [(), ("--beside",)])
 def test_old_files_are_deleted_when_asked_to(
     make: Make, tmp_path: Path, words: tuple[str, ...]
@@ -238,6 +251,7 @@ def test_old_files_are_deleted_when_asked_to(
     assert left == ({"layer1.qcow2"} if case.plain and not words else set())
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("words", [(), ("--beside",), ("--top", "layer2.qcow2")])
 def test_a_paused_guest_stays_paused(make: Make, tmp_path: Path, words: tuple[str, ...]) -> None:
     layers = chain(tmp_path, 3)
@@ -252,6 +266,7 @@ def test_a_paused_guest_stays_paused(make: Make, tmp_path: Path, words: tuple[st
         case.prove_boots(3 if "--top" in words else 2)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("words", [(), ("--beside",)])
 def test_a_dry_run_changes_nothing(make: Make, tmp_path: Path, words: tuple[str, ...]) -> None:
     layers = chain(tmp_path, 3)
@@ -292,6 +307,7 @@ def test_a_disk_without_a_base_is_merged_when_its_lowest_layer_is_named(
             assert case.active == root
 
 
+@NIGHTLY_LIBVIRT
 def test_a_full_clone_is_one_disk_again(make: Make, tmp_path: Path) -> None:
     full = tmp_path / "full.qcow2"
     qemu_img("convert", "-O", "qcow2", base(), full)
@@ -308,7 +324,8 @@ def test_a_full_clone_is_one_disk_again(make: Make, tmp_path: Path) -> None:
         assert case.active == full
 
 
-@pytest.mark.parametrize("words", [(), pytest.param(("--beside",), marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("words", [(), ("--beside",)])
 def test_a_grown_disk_is_merged_into_its_smaller_layer(
     make: Make, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
@@ -326,6 +343,7 @@ def test_a_grown_disk_is_merged_into_its_smaller_layer(
     assert grown == size + 64 * MIB
 
 
+@NIGHTLY_LIBVIRT
 def test_a_guest_that_writes_faster_than_can_be_copied_is_slowed_until_a_short_pause_is_enough(
     make: Make, tmp_path: Path
 ) -> None:
@@ -344,6 +362,7 @@ def test_a_guest_that_writes_faster_than_can_be_copied_is_slowed_until_a_short_p
         case.prove_boots(2)
 
 
+@pytest.mark.nightly
 def test_a_guest_keeps_the_limits_of_its_own(make: Make, tmp_path: Path) -> None:
     layers = chain(tmp_path, 3)
     case = Case(make, tmp_path, layers[-1:])
@@ -369,6 +388,7 @@ def throttles(case: Case) -> dict[str, int]:
     return {key: value for key, value in inserted.items() if key.startswith(("bps", "iops"))}
 
 
+@NIGHTLY_LIBVIRT
 def test_all_disks_are_merged_and_switch_together(make: Make, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     disks = [chain(tmp_path, 3)[-1], chain(tmp_path / "other", 2)[-1]]

@@ -32,6 +32,11 @@ SMALL = 16 * MIB
 SLOW = "3M"
 
 
+NIGHTLY_LIBVIRT = pytest.mark.parametrize(
+    "make", ["qemu", pytest.param("libvirt", marks=pytest.mark.nightly)], indirect=True
+)
+
+
 @pytest.fixture(params=["qemu", "libvirt"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
     """Makes a guest of one kind; it writes as fast as it can."""
@@ -67,7 +72,14 @@ SIBLINGS: dict[str, tuple[Callable[[Path, Path], Iterator[Path]], bool]] = {
 }
 
 
-@pytest.mark.parametrize("where", SIBLINGS)
+@NIGHTLY_LIBVIRT
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param(where, marks=() if where == "elsewhere, running" else pytest.mark.nightly)
+        for where in SIBLINGS
+    ],
+)
 def test_a_layer_that_a_sibling_reads_is_never_written_to(
     make: Make, tmp_path: Path, where: str
 ) -> None:
@@ -228,7 +240,8 @@ def heavy(directory: Path) -> list[Path]:
 PHASES = {"": "commit", "--beside": "mirror"}
 
 
-@pytest.mark.parametrize("words", [(), ("--beside",)])
+@NIGHTLY_LIBVIRT
+@pytest.mark.parametrize("words", [(), pytest.param(("--beside",), marks=pytest.mark.nightly)])
 def test_cancelled_it_leaves_the_guest_on_its_chain(
     make: Make, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
@@ -245,7 +258,8 @@ def test_cancelled_it_leaves_the_guest_on_its_chain(
         case.prove_boots(3)
 
 
-@pytest.mark.parametrize("words", [(), pytest.param(("--beside",), marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("words", [(), ("--beside",)])
 def test_terminated_it_goes_on_when_resumed(
     make: Make, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
@@ -265,6 +279,7 @@ def test_terminated_it_goes_on_when_resumed(
         case.prove_boots(2)
 
 
+@NIGHTLY_LIBVIRT
 def test_without_room_in_the_target_nothing_changes_and_it_works_when_there_is(
     make: Make, tmp_path: Path
 ) -> None:
