@@ -368,9 +368,10 @@ def test_a_guest_keeps_the_limits_of_its_own(make: Make, tmp_path: Path) -> None
     case = Case(make, tmp_path, layers[-1:])
     with case.guest as guest:
         guest.wait_for_acks(40)
-        own = {"iops_rd": 0, "iops_wr": 500, "bps": 0, "bps_rd": 0, "bps_wr": 8 * MIB, "iops": 0}
-        if isinstance(guest, VM):
-            guest.qmp("block_set_io_throttle", id="vd0", **own, bps_wr_max=16 * MIB)
+        if isinstance(guest, VM):  # bps, bps_rd, bps_wr, iops, iops_rd, iops_wr
+            limit = f"block_set_io_throttle vd0 0 0 {8 * MIB} 0 0 500"
+            assert guest.qmp("human-monitor-command", command_line=limit) == ""
+            assert throttles(case)["bps_wr"] == 8 * MIB
         else:
             tune = {"write_bytes_sec": 8 * MIB, "write_iops_sec": 500}
             guest.domain.setBlockIoTune("vda", tune, libvirt.VIR_DOMAIN_AFFECT_LIVE)
