@@ -32,6 +32,11 @@ SMALL = 16 * MIB
 SLOW = "3M"
 
 
+NIGHTLY_LIBVIRT = pytest.mark.parametrize(
+    "make", ["qemu", pytest.param("libvirt", marks=pytest.mark.nightly)], indirect=True
+)
+
+
 @pytest.fixture(params=["qemu", "libvirt"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
     """Makes a guest of one kind; it writes as fast as it can."""
@@ -67,7 +72,14 @@ SIBLINGS: dict[str, tuple[Callable[[Path, Path], Iterator[Path]], bool]] = {
 }
 
 
-@pytest.mark.parametrize("where", SIBLINGS)
+@NIGHTLY_LIBVIRT
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param(where, marks=() if where == "elsewhere, running" else pytest.mark.nightly)
+        for where in SIBLINGS
+    ],
+)
 def test_a_layer_that_a_sibling_reads_is_never_written_to(
     make: Make, tmp_path: Path, where: str
 ) -> None:
@@ -228,7 +240,8 @@ def heavy(directory: Path) -> list[Path]:
 PHASES = {"": "commit", "--beside": "mirror"}
 
 
-@pytest.mark.parametrize("words", [(), ("--beside",)])
+@NIGHTLY_LIBVIRT
+@pytest.mark.parametrize("words", [(), pytest.param(("--beside",), marks=pytest.mark.nightly)])
 def test_cancelled_it_leaves_the_guest_on_its_chain(
     make: Make, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
@@ -245,7 +258,8 @@ def test_cancelled_it_leaves_the_guest_on_its_chain(
         case.prove_boots(3)
 
 
-@pytest.mark.parametrize("words", [(), pytest.param(("--beside",), marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("words", [(), ("--beside",)])
 def test_terminated_it_goes_on_when_resumed(
     make: Make, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
@@ -266,30 +280,35 @@ def test_terminated_it_goes_on_when_resumed(
 
 
 def test_without_room_in_the_target_nothing_changes_and_it_works_when_there_is(
-    make: Make, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
+    """The target is elsewhere, so it cannot take the place of the active layer."""
     with file_system("ext4", tmp_path, 256 * MIB) as small:
         lower = linked_clone(base(), small / "lower.qcow2")
-        upper = linked_clone(lower, tmp_path / "upper.qcow2")
+        middle = linked_clone(lower, tmp_path / "middle.qcow2")
         pattern = f"write -q -P 9 {SPARE_OFFSET} 16M"
-        subprocess.run(["qemu-io", "-c", pattern, str(upper)], check=True)
-        case = Case(make, tmp_path, [upper])
+        subprocess.run(["qemu-io", "-c", pattern, str(middle)], check=True)
+        upper = linked_clone(middle, tmp_path / "upper.qcow2")
+        case = Case(lambda disks: VM(tmp_path, disks, writer={"rate": 0}), tmp_path, [upper])
+        words = ("--top", middle, "--base", lower)
         with case.guest as guest:
             guest.wait_for_acks(40)
-            chain_before = case.chain()
-            running = case.start("consolidate", "--speed", "8M")
-            read_until(running, '"phase": "commit"')
+            refused = case.run("consolidate", "--base", lower)
+            assert refused.code == 4, refused.out
+            assert "is not in the directory of" in refused.result["message"]
+            running = case.start("consolidate", "--speed", "4M", *words)
+            read_until(running, '"phase": "commit below"')
             filler = fill(small, lambda: 64 * 1024)
             failed = ended(running, 120)
             assert failed.code in (5, 6), failed.out
-            assert case.chain() == chain_before
+            assert case.chain() == [upper, middle, lower, base()]
             case.prove_at_rest()
             filler.unlink()
             if failed.code == 5:
                 resumed = case.resume()
                 assert resumed.code == 0, resumed.out
             else:
-                case.done("consolidate")
-            assert len(case.chain()) == 2
+                case.done("consolidate", *words)
+            assert len(case.chain()) == 3
             case.prove_at_rest()
-            case.prove_boots(2)
+            case.prove_boots(3)

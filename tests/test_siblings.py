@@ -308,6 +308,23 @@ def test_a_process_that_cannot_be_seen_is_known_by_its_image_lock(base: Path, cl
         assert look(clone, base, under=apart)[0] == ["a process that cannot be seen from here"]
 
 
+def test_who_has_an_upper_layer_open_too_reads_the_lower_one(base: Path, clone: Path) -> None:
+    """An overlay elsewhere, of which only its process is seen, reads every layer below it."""
+    overlay = linked_clone(clone, clone.with_name("overlay.qcow2"))
+    opened = ["sleep", "infinity"]
+    with base.open("rb") as lower, clone.open("rb") as upper:
+        process = subprocess.Popen(opened, pass_fds=[lower.fileno(), upper.fileno()])
+    try:
+        found = find(overlay, clone, base)
+        for layer in (clone, base):
+            (reader,) = found.readers["vd0", str(layer)]
+            assert [holder.pid for holder in reader.holders] == [process.pid]
+        assert found.readers["vd0", str(overlay)] == ()
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_a_loop_device_reads_the_file_behind_it(base: Path) -> None:
     raw = blank(base.with_name("raw"), MIB, "raw")
     done = subprocess.run(

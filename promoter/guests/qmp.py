@@ -113,8 +113,11 @@ class QmpGuest:
             self._changed.set()
 
     async def _execute(self, command: str, **arguments: object) -> Any:
+        return await self._ask(command, _dashed(arguments))
+
+    async def _ask(self, command: str, arguments: Mapping[str, object]) -> Any:
         try:
-            return await self._client.execute(command, _dashed(arguments))
+            return await self._client.execute(command, arguments)
         except ExecuteError as error:
             if "No space left" in str(error):
                 raise NoSpace(f"{self.name}: {error}") from error
@@ -272,7 +275,7 @@ class QmpGuest:
             slowed[key] = min(writes, limits.get(key) or writes)
             slowed.pop(f"{key}_max", None)
             slowed.pop(f"{key}_max_length", None)
-        await self._execute("block_set_io_throttle", **self.throttle(disk, slowed))
+        await self._ask("block_set_io_throttle", self.throttle(disk, slowed))  # no dashes in it
 
     def throttle(self, disk: Disk, limits: Mapping[str, int]) -> dict[str, object]:
         return {"id": disk.key, **limits}

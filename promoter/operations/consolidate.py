@@ -168,6 +168,7 @@ def _commit(
     names = _names(disk, identity, file_of(target), below=bool(top))
     if not (top or disk.libvirt):
         check_in_place(disk, target.format)
+        _check_place(disk, names)
     check_names(names)
     return DiskIntent(
         mark=f"promoter-{identity}-{index}",
@@ -187,6 +188,16 @@ def _commit(
         top=top,
         into=into,
     )
+
+
+def _check_place(disk: Disk, names: Names) -> None:
+    """Can the target take the path by a link?"""
+    if names.target.is_symlink() or names.target.resolve().parent != names.path.resolve().parent:
+        raise Refused(
+            f"{disk.name}: {names.target} is not in the directory of {names.path}, whose name it"
+            " would take",
+            "Use --beside.",
+        )
 
 
 def _names(disk: Disk, identity: str, target: Path, *, below: bool) -> Names:

@@ -34,7 +34,13 @@ class Convergence:
     _samples: deque[tuple[float, int, int]] = field(default_factory=deque)
 
     def add(self, at: float, done: int, total: int) -> None:
-        """A look at the job, ``at`` seconds on any steady clock."""
+        """A look at the job, ``at`` seconds on any steady clock.
+
+        QEMU copies in bursts when it is held down, and counts after each: a look that shows
+        nothing new says nothing. Before the first scan of the image the total is 0.
+        """
+        if not total or (self._samples and self._samples[-1][1:] == (done, total)):
+            return
         self._samples.append((at, done, total))
         while len(self._samples) > 2 and at - self._samples[1][0] >= WINDOW:
             self._samples.popleft()
@@ -42,11 +48,14 @@ class Convergence:
         if (time := at - began) > 0:
             self.copy_rate = (done - done_then) / time
             self.dirty_rate = max(0, total - total_then) / time
+        if time >= WINDOW:
             self._fastest = max(self._fastest, self.copy_rate)
 
     @property
     def left(self) -> int:
         """Bytes that are still to be copied."""
+        if not self._samples:
+            return 0
         _, done, total = self._samples[-1]
         return total - done
 
@@ -56,6 +65,8 @@ class Convergence:
 
     def tighten(self) -> bool:
         """Set a lower ``limit`` if the copy gains too little on the guest; was it lowered?"""
+        if not self._samples:
+            return False
         began, done, total = self._samples[0]
         gains = self.left <= ENOUGH * (total - done) or self.dirty_rate <= self.copy_rate / 2
         if gains or self._samples[-1][0] - began < WINDOW:

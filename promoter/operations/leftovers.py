@@ -35,7 +35,7 @@ async def sweep(intent: Move, connect: Callable[[Move], Awaitable[Guest]]) -> No
 def remove_spares(names: Names, view: GuestView | None) -> None:
     """Remove the names that no QEMU remembers and no header has; None: there is no QEMU."""
     for spare in names.spares():
-        remembered = view is not None and str(spare) in view.files
+        remembered = view is not None and names.is_remembered(spare, view.files)
         if not remembered and not is_named_as_backing(spare):
             spare.unlink()
 

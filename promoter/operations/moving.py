@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -388,7 +387,6 @@ class MoveOperation:
                 await self._continue()
             case Do.UNLIMIT:
                 await self._slowing.undo(self._alive)
-                await self._slowing.leave()
                 self._save(replace(self.intent, limits={}))
             case Do.SEED:
                 needed = next_of_each(self.intent, self._seen)
@@ -635,7 +633,12 @@ class MoveOperation:
         slowing = asyncio.create_task(keep_slowing, name="convergence")
         try:
             for disk in running:
-                tick = partial(self._copied, disk, began)
+
+                def tick(job: BlockJob, disk: DiskIntent = disk) -> None:
+                    if slowing.done():
+                        slowing.result()  # raises what went wrong with it
+                    self._copied(disk, began, job)
+
                 job = await self._alive.wait_for(disk.job, READY, tick)
                 if job is None or job.status in ENDED:
                     return

@@ -38,6 +38,7 @@ class Slowing:
         self._remember = remember
         self._convergences = defaultdict[str, Convergence](Convergence)
         self._relief = AsyncExitStack()
+        self._guarded: set[str] = set()
 
     def note(self, disk: DiskIntent, job: BlockJob) -> Convergence:
         """How a copy stands against the guest's writes, now that its job was looked at."""
@@ -72,15 +73,17 @@ class Slowing:
                     await self._slow(guest, disk)
 
     async def undo(self, guest: Guest) -> None:
-        """Give the disks their own limits back."""
+        """Give the disks their own limits back; then no guard has to."""
         view = await guest.look()
         for key, limits in self._limits().items():
             if disk := view.disk(key):
                 await guest.limit(disk, limits)
+        await self.leave()
 
     async def leave(self) -> None:
         """Dismiss the guards."""
         await self._relief.aclose()
+        self._guarded.clear()
 
     async def _fits(self, guest: Guest, disk: DiskIntent, pause: float) -> bool:
         job = await guest.job(disk.job)
@@ -95,8 +98,8 @@ class Slowing:
         if disk.key not in self._limits():
             before = await guest.limits(found)
             self._remember(disk.key, before)
-            if isinstance(guest, PlainGuest):
-                await self._guard(guest, found, before)
+        if isinstance(guest, PlainGuest) and disk.key not in self._guarded:
+            await self._guard(guest, found, self._limits()[disk.key])
         await guest.limit(found, self._limits()[disk.key], convergence.limit)
 
     async def _guard(self, guest: PlainGuest, disk: Disk, limits: Mapping[str, int]) -> None:
@@ -104,3 +107,4 @@ class Slowing:
         alive = await self._relief.enter_async_context(guarded(guest, limits=(own,)))
         beating = asyncio.create_task(alive.keep_beating(), name="pulse")
         self._relief.callback(beating.cancel)
+        self._guarded.add(disk.key)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -38,11 +39,14 @@ MERGED = re.compile(r"\.merged-[0-9a-f]{8}$")
 def boot_name(file: Path) -> Path:
     """The name by which the guest's command line opens a file that QEMU knows as ``file``.
 
-    A disk that has switched is known to its QEMU by the other name that it was given for that.
+    A disk that has switched is known to its QEMU by the other name that it was given for that;
+    after a commit by the layer's own name, and beside it lies one that leads back (`prepare`).
     """
-    found = SPARE.fullmatch(file.name)
-    if found and file_id(file.with_name(found[1])) == file_id(file):
-        return file.with_name(found[1])
+    own = file_id(file)
+    for name in (file, *sorted(file.parent.iterdir())):
+        found = SPARE.fullmatch(name.name)
+        if found and file_id(name) == own == file_id(name.with_name(found[1])):
+            return name.with_name(found[1])
     return file
 
 
@@ -88,9 +92,17 @@ class Names:
         self.prepared.unlink(missing_ok=True)
         if self.in_place:
             os.link(self.target, self.prepared)
+            if not SPARE.fullmatch(self.target.name):
+                with suppress(FileExistsError):
+                    os.link(self.target, self._way_back)
         elif not self.defined:
             self.prepared.symlink_to(f"promoted to {self.target.name}, kept as {self.aside.name}")
         sync(self.path.parent)
+
+    @property
+    def _way_back(self) -> Path:
+        """A layer has a name that does not tell whose path it takes; this one tells."""
+        return self.path.with_name(self.prepared.name.replace(".next-", ".new-"))
 
     def is_prepared(self) -> bool:
         if self.aside == self.path:
@@ -150,6 +162,15 @@ class Names:
         named = (path for path in self.path.parent.iterdir() if SPARE.fullmatch(path.name))
         return [p for p in named if p != self.aside and file_id(p) in (disk, self.old)]
 
+    def is_remembered(self, spare: Path, files: Collection[str]) -> bool:
+        """Does a QEMU that knows ``files`` need this one of the `spares`?"""
+        if str(spare) in files:
+            return True
+        disk = file_id(self.path)
+        known = [Path(file) for file in files if file_id(Path(file)) == disk]
+        leads_back = any(name == self.path or SPARE.fullmatch(name.name) for name in known)
+        return file_id(spare) == disk and bool(known) and not leads_back
+
     def tidy(self) -> None:
         """After the switch: remove the name that leads nowhere, or to a domain's old overlay."""
         is_spare = self.is_old() and self.is_prepared() if self.defined else self.path.is_symlink()
@@ -164,4 +185,6 @@ class Names:
         self.prepared.unlink(missing_ok=True)
         if self.is_old() and self.aside != self.path:
             self.aside.unlink(missing_ok=True)
+            if self.in_place and self._way_back != self.target:
+                self._way_back.unlink(missing_ok=True)
         sync(self.path.parent)

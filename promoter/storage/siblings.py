@@ -157,7 +157,7 @@ def _readers(
     named = sorted(((overlays.name(file), file) for file in files), key=lambda found: found[0])
     for (aside, path), file in named:
         yield Reader(path, aside=aside, holders=held.by(file))
-    of_overlays = {holder for file in above for holder in held.by(file)} | {held.own}
+    of_overlays = {holder for file in above - own for holder in held.by(file)} | {held.own}
     for holder in dict.fromkeys(holder for file in ids for holder in held.by(file)):
         if holder not in of_overlays:
             yield Reader(None, holders=(holder,))
