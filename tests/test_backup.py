@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +135,16 @@ def test_all_disks_are_of_one_instant(make: Make, tmp_path: Path) -> None:
 
 
 STEPS = ["snapshot", "switch over", "copy", "consolidate", "mirror", "tidy", "prune"]
-TYPICAL = {"copy", "mirror"}
+TYPICAL = {("copy", "both"), ("mirror", "promoter")}
 
 
 @pytest.mark.parametrize(
-    "step",
-    [pytest.param(s, marks=() if s in TYPICAL else pytest.mark.nightly) for s in STEPS],
+    ("step", "whom"),
+    [
+        pytest.param(*strike, marks=() if strike in TYPICAL else pytest.mark.nightly)
+        for strike in product(STEPS, ["promoter", "both"])
+    ],
 )
-@pytest.mark.parametrize("whom", ["promoter", "both"])
 def test_killed_at_any_step_it_is_finished_by_resume(case: Case, step: str, whom: str) -> None:
     with case.guest as guest:
         guest.wait_for_acks(60)
