@@ -12,7 +12,7 @@ import pytest
 from tests.cli import Ran, ended, promoter
 from tests.deltas import Case, Make, digest, interrupted, read_until
 from tests.domains import Domain, Libvirtd
-from tests.test_bad_input import fill, halted, unchanged
+from tests.test_bad_input import fill, halted, mounted, unchanged
 from tests.vm import (
     KEY,
     MIB,
@@ -23,7 +23,6 @@ from tests.vm import (
     blank,
     chain,
     encrypted_clone,
-    file_system,
     linked_clone,
     qemu_img,
 )
@@ -283,7 +282,7 @@ def test_without_room_in_the_target_nothing_changes_and_it_works_when_there_is(
     tmp_path: Path,
 ) -> None:
     """The target is elsewhere, so it cannot take the place of the active layer."""
-    with file_system("ext4", tmp_path, 256 * MIB) as small:
+    with mounted(tmp_path / "small", "size=24m") as small:
         lower = linked_clone(base(), small / "lower.qcow2")
         middle = linked_clone(lower, tmp_path / "middle.qcow2")
         pattern = f"write -q -P 9 {SPARE_OFFSET} 16M"
@@ -296,9 +295,9 @@ def test_without_room_in_the_target_nothing_changes_and_it_works_when_there_is(
             refused = case.run("consolidate", "--base", lower)
             assert refused.code == 4, refused.out
             assert "is not in the directory of" in refused.result["message"]
-            running = case.start("consolidate", "--speed", "4M", *words)
+            running = case.start("consolidate", "--speed", "2M", *words)
             read_until(running, '"phase": "commit below"')
-            filler = fill(small, lambda: 64 * 1024)
+            filler = fill(small, lambda: 0)
             failed = ended(running, 120)
             assert failed.code in (5, 6), failed.out
             assert case.chain() == [upper, middle, lower, base()]

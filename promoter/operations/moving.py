@@ -427,7 +427,7 @@ class MoveOperation:
             case Do.DISMISS:
                 await self._dismiss(disk)
             case Do.MIRROR:
-                await self._mirror(disk)
+                await self._mirror(await self._with_its_nodes(index, disk))
             case Do.DETACH:
                 await self._plain.detach(disk.node)
             case _:
@@ -521,6 +521,17 @@ class MoveOperation:
                 await self._plain.attach(target_node(disk))
         await self._begin(disk, spec)
 
+    async def _with_its_nodes(self, index: int, disk: DiskIntent) -> DiskIntent:
+        """The disk, whose files are seen to be the planned ones, by the node-names that it has now:
+        those that nobody gave are others after a reboot.
+        """
+        found = (await self._alive.look()).disk(disk.key)
+        if found is None:
+            raise JobFailed(f"{disk.name} was unplugged from the guest")
+        disk = replace(disk, chain=found.chain, root=found.node)
+        self._save(self.intent.with_disk(index, disk))
+        return disk
+
     async def _begin(self, disk: DiskIntent, spec: Start) -> None:
         view = await self._alive.look()
         if loses_writes_at_start(view.version):
@@ -575,7 +586,8 @@ class MoveOperation:
 
     async def _snapshot(self) -> None:
         """Put all the disks' overlays above them in one short pause."""
-        disks = self.intent.disks
+        left = [(i, d) for i, (d, s) in enumerate(self._pairs()) if not s.switched]
+        disks = [await self._with_its_nodes(*each) for each in left]
         running = await self._alive.status() == "running"
         self._save(replace(self.intent, stopped=running))
         names = tuple(disk.names for disk in disks)
