@@ -45,7 +45,7 @@ from promoter.guests.base import (
 from promoter.guests.bugs import loses_writes_at_start
 from promoter.operations import operation
 from promoter.operations.journal import Journal, OperationStatus
-from promoter.operations.leftovers import call_merged, delete_old, old_files, remove_spares
+from promoter.operations.leftovers import call_merged, delete_old, kept_files, remove_spares
 from promoter.operations.move import (
     FINAL,
     Action,
@@ -64,7 +64,7 @@ from promoter.operations.move import (
     decide,
     next_of_each,
 )
-from promoter.operations.observation import observe
+from promoter.operations.observation import has_made, observe
 from promoter.operations.outcome import DiskReport, error_of, job_failure
 from promoter.operations.preflight import check_start
 from promoter.operations.promote import plan_disk
@@ -256,6 +256,9 @@ class MoveOperation:
 
     async def _look(self) -> Seen:
         view = await self._view()
+        for index, disk in enumerate(self.intent.disks):
+            if view and not disk.made and has_made(disk, view):
+                self._save(self.intent.with_disk(index, replace(disk, made=True)))
         try:
             disks = tuple(observe(disk, view) for disk in self.intent.disks)
         except OSError as error:
@@ -403,6 +406,8 @@ class MoveOperation:
                 jobs = (await self._alive.look()).jobs
                 for disk in ready:
                     self._report(disk).mirrored_bytes = jobs[disk.job].done
+                    if disk.names.remote:
+                        continue
                     if disk.names.target.is_file():  # QEMU flushes it while the guest stands still
                         await asyncio.to_thread(sync, disk.names.target)
                 await self._switch_over(ready)
@@ -419,6 +424,10 @@ class MoveOperation:
                 await self._name(disk, disk.names.target)
             case Do.PREPARE:
                 disk.names.prepare()
+            case Do.DISCARD if disk.names.remote:
+                removed = await self._domain.delete_volume(disk.names.target)
+                discarded = replace(disk, made=False, left=not removed)
+                self._save(self.intent.with_disk(index, discarded))
             case Do.DISCARD:
                 self._discard(disk)
             case Do.REPLAN:
@@ -702,7 +711,7 @@ class MoveOperation:
             view = await self._alive.look() if self._guest else None
             if disk.way is not Way.COMMIT_BELOW:
                 disk.names.tidy()
-            if not disk.commits:
+            if not (disk.commits or disk.names.remote):
                 seed.discard(disk.part)
             remove_spares(disk.names, view)
             await asyncio.to_thread(call_merged, disk)
@@ -729,7 +738,7 @@ class MoveOperation:
             DiskReport(disk.name, source, names.target, disk.way, method, node=disk.node),
         )
         report.target = names.path if names.in_place else names.target
-        report.old = next(filter(Path.exists, old_files(disk)), None)
-        report.kept = tuple(filter(Path.exists, old_files(disk)))
+        report.kept = kept_files(disk)
+        report.old = next(iter(report.kept), None)
         report.spare = next(iter(names.spares()), None)
         return report

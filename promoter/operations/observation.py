@@ -64,9 +64,18 @@ def _defined(intent: DiskIntent, view: GuestView | None, disk: Disk | None) -> N
 
 def _is_prepared(intent: DiskIntent) -> bool:
     """Could the names change now? Where none has to, the new disk is all that is needed."""
+    if intent.names.remote:
+        return intent.made
     if intent.names.stays:
         return _target(intent) is not Target.ABSENT
     return intent.names.is_prepared()
+
+
+def has_made(intent: DiskIntent, view: GuestView) -> bool:
+    """Does libvirt copy, or did it, to a target that it has made on the guest's host?"""
+    job = view.jobs.get(intent.job)
+    copies = job is not None and job.type == "copy"
+    return intent.names.remote and copies and _is_ours(intent, view.disk(intent.key))
 
 
 def _is_ours(intent: DiskIntent, disk: Disk | None) -> bool:
@@ -104,6 +113,8 @@ def _job(job: BlockJob | None) -> Job:
 def _target(intent: DiskIntent) -> Target:
     if intent.commits:
         return Target.LAYER
+    if intent.names.remote:
+        return Target.USED if intent.made else Target.LAYER
     found = stamp(intent.names.target)
     if intent.seeded and found and found.id == intent.seeded.id:
         return Target.SEEDED if found == intent.seeded else Target.USED
