@@ -406,9 +406,8 @@ class MoveOperation:
                 jobs = (await self._alive.look()).jobs
                 for disk in ready:
                     self._report(disk).mirrored_bytes = jobs[disk.job].done
-                    if disk.names.remote:
-                        continue
-                    if disk.names.target.is_file():  # QEMU flushes it while the guest stands still
+                    is_file = not disk.names.remote and disk.names.target.is_file()
+                    if is_file:  # QEMU flushes it while the guest stands still
                         await asyncio.to_thread(sync, disk.names.target)
                 await self._switch_over(ready)
             case Do.TIDY:
@@ -425,9 +424,7 @@ class MoveOperation:
             case Do.PREPARE:
                 disk.names.prepare()
             case Do.DISCARD if disk.names.remote:
-                removed = await self._domain.delete_volume(disk.names.target)
-                discarded = replace(disk, made=False, left=not removed)
-                self._save(self.intent.with_disk(index, discarded))
+                await self._discard_remote(index, disk)
             case Do.DISCARD:
                 self._discard(disk)
             case Do.REPLAN:
@@ -684,6 +681,10 @@ class MoveOperation:
         if disk.seeded and file_id(disk.names.target) == disk.seeded.id:
             disk.names.target.unlink()
         sync(disk.names.target.parent)
+
+    async def _discard_remote(self, index: int, disk: DiskIntent) -> None:
+        removed = await self._domain.delete_volume(disk.names.target)
+        self._save(self.intent.with_disk(index, replace(disk, made=False, left=not removed)))
 
     async def _replan(self, index: int, disk: DiskIntent) -> None:
         """The chain is no longer the one that was seeded: plan and seed what is there now."""
