@@ -73,15 +73,21 @@ def _is_prepared(intent: DiskIntent) -> bool:
 
 def has_made(intent: DiskIntent, view: GuestView) -> bool:
     """Does libvirt copy, or did it, to a target that it has made on the guest's host?"""
+    if not intent.names.remote:
+        return False
+    if (copied_to := _copied_to(view.disk(intent.key))) is not None:
+        return copied_to == str(intent.names.target)
     job = view.jobs.get(intent.job)
-    copies = job is not None and job.type == "copy"
-    return intent.names.remote and copies and _is_ours(intent, view.disk(intent.key))
+    return job is not None and job.type == "copy"
+
+
+def _copied_to(disk: Disk | None) -> str | None:
+    return disk.libvirt.mirror if disk and disk.libvirt else None
 
 
 def _is_ours(intent: DiskIntent, disk: Disk | None) -> bool:
     """Is the disk's job our mirror? libvirt's jobs have no names of ours."""
-    copied_to = disk.libvirt.mirror if disk and disk.libvirt else None
-    return copied_to in (None, str(intent.names.target))
+    return _copied_to(disk) in (None, str(intent.names.target))
 
 
 def _active(intent: DiskIntent, disk: Disk | None, named: Named) -> Active:
