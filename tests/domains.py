@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -108,10 +109,22 @@ class Libvirtd:
 
     def start(self) -> None:
         """Runs the daemon; it answers when this returns."""
-        enter = ("nsenter", "--target", str(self._holder.pid), "--mount")
         config = ("-f", str(self.directory / "libvirtd.conf"))
-        self._daemon = self._run(*enter, "libvirtd", *config, "-p", str(self._sockets / "pid"))
+        self._daemon = self._run(
+            *self._enter, "libvirtd", *config, "-p", str(self._sockets / "pid")
+        )
         wait_for(self._answers, "libvirtd", 30)
+
+    @property
+    def _enter(self) -> tuple[str, ...]:
+        return ("nsenter", "--target", str(self._holder.pid), "--mount")
+
+    @contextmanager
+    def seeing(self, directory: Path, at: Path) -> Iterator[None]:
+        """The daemon and its QEMUs see `directory` as `at`, which here is something else."""
+        subprocess.run([*self._enter, "mount", "--bind", directory, at], check=True)
+        yield
+        subprocess.run([*self._enter, "umount", "--lazy", at], check=True)
 
     @property
     def pid(self) -> int:
@@ -219,6 +232,10 @@ class Domain:
     def next_boot(self) -> list[str]:
         """The file of each disk, as it is defined."""
         return [s.get("file", "") for s in self._sources(libvirt.VIR_DOMAIN_XML_INACTIVE)]
+
+    def copying(self) -> bool:
+        """Does a copy of a disk run?"""
+        return "<mirror " in self.domain.XMLDesc(0)
 
     def _sources(self, flags: int) -> list[Element]:
         return ElementTree.fromstring(self.domain.XMLDesc(flags)).findall("devices/disk/source")

@@ -257,38 +257,6 @@ def test_no_death_in_the_switchover_leaves_a_domain_suspended(
         case.prove(promoted=promoted)
 
 
-RELAY = """#!{python}
-import os, socket, threading
-
-libvirtd = socket.socket(socket.AF_UNIX)
-libvirtd.connect("{socket}")
-
-def answer():
-    while data := libvirtd.recv(1 << 16):
-        os.write(1, data)
-
-threading.Thread(target=answer, daemon=True).start()
-while data := os.read(0, 1 << 16):
-    libvirtd.sendall(data)
-"""
-
-
-def test_a_domain_of_another_host_is_shown_and_not_promoted(case: Case, tmp_path: Path) -> None:
-    relay = tmp_path / "relay"
-    relay.write_text(RELAY.format(python=sys.executable, socket=case.libvirtd.socket))
-    relay.chmod(0o755)
-    elsewhere = f"qemu+ext://elsewhere/system?command={relay}"
-    with case.domain as domain:
-        domain.wait_for_acks(20)
-        shown = promoter(case.state, "chain", "web01", "-c", elsewhere, "--json")
-        assert files(shown.result["disks"][0]) == [str(case.clone), str(base())]
-        promoted = promoter(case.state, "promote", "web01", "-c", elsewhere)
-        assert promoted.code == 4, promoted
-        assert "does not run on this host" in promoted.err
-        assert "Run promoter on the guest's host" in promoted.err
-        assert domain.files() == domain.next_boot() == [str(case.clone)]
-
-
 def test_what_libvirt_would_get_wrong_is_refused(case: Case, tmp_path: Path) -> None:
     with case.domain as domain:
         domain.wait_for_acks(20)

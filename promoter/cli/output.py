@@ -194,9 +194,10 @@ class PlainOutput:
         for name in plan.nothing_to_do:
             self.console.print(f"{escape(name)}: nothing to do, {NOTHING[plan.move.kind]}")
         for disk, free in zip(plan.move.disks, plan.free, strict=True):
+            room = "" if free is None else f", {human_bytes(free)} free"
             self.console.print(
                 f"{escape(disk.name)}: {escape(_intention(disk))},"
-                f" needs {human_bytes(disk.required)}, {human_bytes(free)} free"
+                f" needs {human_bytes(disk.required)}{room}"
             )
         for warning in plan.warnings:
             self.console.print(f"note: {escape(warning)}")

@@ -75,7 +75,8 @@ class MirrorSpec:
     ``replaces`` is the node that the target takes the place of: the active layer. ``target``
     is the target's node; plain QEMU opens ``file`` as it beforehand, libvirt names its own.
     ``sync`` is "top" (the active layer only, onto a seeded target) or "full".
-    ``granularity`` is in bytes, ``speed`` in bytes per second (0: no limit).
+    ``granularity`` is in bytes, ``speed`` in bytes per second (0: no limit). ``create``: libvirt
+    makes the file, which must not be there.
     """
 
     job: str
@@ -89,6 +90,7 @@ class MirrorSpec:
     copy_mode: str
     speed: int
     backing: Path | None = None
+    create: bool = False
 
 
 @dataclass(frozen=True)
@@ -251,6 +253,12 @@ class Domain(Guest, Protocol):
         libvirt has written and flushed the file then, not its directory
         (``virDomainDefineXML``).
         """
+
+    async def has_volume(self, file: Path) -> bool:
+        """Is there such a file in a pool that libvirt knows? Of others nothing can be said."""
+
+    async def delete_volume(self, file: Path) -> bool:
+        """Remove a file from the pool it is in; False when no pool has it, or may lose it."""
 
     @property
     def definitions(self) -> Path | None:

@@ -214,8 +214,9 @@ class LibvirtGuest:
         SubElement(disk, "source", file=str(spec.file))
         if spec.backing is None:
             SubElement(disk, "backingStore")  # an empty one: nothing lies below
-        flags = libvirt.VIR_DOMAIN_BLOCK_COPY_REUSE_EXT
-        flags |= libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
+        flags = libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
+        if not spec.create:
+            flags |= libvirt.VIR_DOMAIN_BLOCK_COPY_REUSE_EXT
         if spec.sync == "top":
             flags |= libvirt.VIR_DOMAIN_BLOCK_COPY_SHALLOW
         if spec.copy_mode == "write-blocking":
@@ -329,6 +330,25 @@ class LibvirtGuest:
                 _point(element, disks[name])
         text = ElementTree.tostring(definition, "unicode")
         await self._call(self._connection.defineXML, text)
+
+    async def has_volume(self, file: Path) -> bool:
+        try:
+            await self._call(self._find_volume, file)
+        except CommandFailed:
+            return False
+        return True
+
+    async def delete_volume(self, file: Path) -> bool:
+        try:
+            await self._call((await self._call(self._find_volume, file)).delete)
+        except CommandFailed:
+            return False
+        return True
+
+    def _find_volume(self, file: Path) -> libvirt.virStorageVol:
+        """libvirt knows the files that a pool had when it was refreshed last."""
+        self._connection.storagePoolLookupByTargetPath(str(file.parent)).refresh()
+        return self._connection.storageVolLookupByPath(str(file))
 
     @property
     def definitions(self) -> Path | None:

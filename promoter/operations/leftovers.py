@@ -21,7 +21,8 @@ async def sweep(intent: Move, connect: Callable[[Move], Awaitable[Guest]]) -> No
     try:
         guest = await connect(intent)
     except Unreachable:
-        if any([await asyncio.to_thread(is_open, disk.names.path) for disk in intent.disks]):
+        here = [disk.names.path for disk in intent.disks if not disk.names.remote]
+        if any([await asyncio.to_thread(is_open, path) for path in here]):
             return
     else:
         try:
@@ -54,6 +55,12 @@ def old_files(disk: DiskIntent) -> tuple[Path, ...]:
     if disk.commits:
         return (*active, *_merged(disk).values())
     return (*active, *_files(disk.gone[1:])) if disk.kept else active
+
+
+def kept_files(disk: DiskIntent) -> tuple[Path, ...]:
+    """Those of them that are there, as far as can be seen from here."""
+    files = old_files(disk)
+    return files if disk.names.remote else tuple(filter(Path.exists, files))
 
 
 def _merged(disk: DiskIntent) -> dict[Path, Path]:

@@ -124,7 +124,8 @@ class DiskIntent:
     ``mark`` is what we name ours by; ``root`` is the node that the guest's device has;
     ``below`` are the files under the active layer, as they were planned. ``kept`` counts the
     lowest layers that stay below a new disk. A commit merges the layers from ``top``, counted
-    from the active one, down to the target, layer ``into``.
+    from the active one, down to the target, layer ``into``. On another host libvirt makes the
+    target: ``made``, it has; ``left``: half-made, and cannot be removed from here.
     """
 
     mark: str
@@ -145,6 +146,8 @@ class DiskIntent:
     kept: int = 0
     top: int = 0
     into: int = 0
+    made: bool = False
+    left: bool = False
 
     @property
     def commits(self) -> bool:
@@ -257,7 +260,8 @@ class Job(Enum):
 class Target(Enum):
     """The target's file: not there, exactly as it was seeded, or half-made or written to.
 
-    A layer of the disk's own chain is none of them: nobody makes it, and nobody removes it.
+    A layer of the disk's own chain is none of them: nobody makes it, and nobody removes it. Nor
+    is a file on another host, until libvirt has made it.
     """
 
     ABSENT = "absent"

@@ -42,7 +42,7 @@ from promoter.guests.base import (
 from promoter.guests.bugs import loses_writes_at_start
 from promoter.operations import operation
 from promoter.operations.journal import Journal, OperationStatus
-from promoter.operations.leftovers import call_merged, delete_old, old_files, remove_spares
+from promoter.operations.leftovers import call_merged, delete_old, kept_files, remove_spares
 from promoter.operations.move import (
     FINAL,
     Action,
@@ -61,7 +61,7 @@ from promoter.operations.move import (
     decide,
     next_of_each,
 )
-from promoter.operations.observation import observe
+from promoter.operations.observation import has_made, observe
 from promoter.operations.outcome import DiskReport, error_of, job_failure
 from promoter.operations.preflight import check_start
 from promoter.operations.promote import plan_disk
@@ -256,6 +256,9 @@ class MoveOperation:
 
     async def _look(self) -> Seen:
         view = await self._view()
+        for index, disk in enumerate(self.intent.disks):
+            if view and not disk.made and has_made(disk, view):
+                self._save(self.intent.with_disk(index, replace(disk, made=True)))
         try:
             disks = tuple(observe(disk, view) for disk in self.intent.disks)
         except OSError as error:
@@ -402,7 +405,8 @@ class MoveOperation:
                 jobs = (await self._alive.look()).jobs
                 for disk in ready:
                     self._report(disk).mirrored_bytes = jobs[disk.job].done
-                    if disk.names.target.is_file():  # QEMU flushes it while the guest stands still
+                    is_file = not disk.names.remote and disk.names.target.is_file()
+                    if is_file:  # QEMU flushes it while the guest stands still
                         await asyncio.to_thread(sync, disk.names.target)
                 await self._switch_over(ready)
             case Do.TIDY:
@@ -418,6 +422,8 @@ class MoveOperation:
                 await self._name(disk, disk.names.target)
             case Do.PREPARE:
                 disk.names.prepare()
+            case Do.DISCARD if disk.names.remote:
+                await self._discard_remote(index, disk)
             case Do.DISCARD:
                 self._discard(disk)
             case Do.REPLAN:
@@ -695,6 +701,10 @@ class MoveOperation:
             disk.names.target.unlink()
         sync(disk.names.target.parent)
 
+    async def _discard_remote(self, index: int, disk: DiskIntent) -> None:
+        removed = await self._domain.delete_volume(disk.names.target)
+        self._save(self.intent.with_disk(index, replace(disk, made=False, left=not removed)))
+
     async def _replan(self, index: int, disk: DiskIntent) -> None:
         """The chain is no longer the one that was seeded: plan and seed what is there now."""
         view = await self._alive.look()
@@ -721,7 +731,7 @@ class MoveOperation:
             view = await self._alive.look() if self._guest else None
             if disk.way is not Way.COMMIT_BELOW:
                 disk.names.tidy()
-            if not disk.commits:
+            if not (disk.commits or disk.names.remote):
                 seed.discard(disk.part)
             remove_spares(disk.names, view)
             await asyncio.to_thread(call_merged, disk)
@@ -748,7 +758,7 @@ class MoveOperation:
             DiskReport(disk.name, source, names.target, disk.way, method, node=disk.node),
         )
         report.target = names.path if names.in_place else names.target
-        report.old = next(filter(Path.exists, old_files(disk)), None)
-        report.kept = tuple(filter(Path.exists, old_files(disk)))
+        report.kept = kept_files(disk)
+        report.old = next(iter(report.kept), None)
         report.spare = next(iter(names.spares()), None)
         return report

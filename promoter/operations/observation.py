@@ -64,15 +64,30 @@ def _defined(intent: DiskIntent, view: GuestView | None, disk: Disk | None) -> N
 
 def _is_prepared(intent: DiskIntent) -> bool:
     """Could the names change now? Where none has to, the new disk is all that is needed."""
+    if intent.names.remote:
+        return intent.made
     if intent.names.stays:
         return _target(intent) is not Target.ABSENT
     return intent.names.is_prepared()
 
 
+def has_made(intent: DiskIntent, view: GuestView) -> bool:
+    """Does libvirt copy, or did it, to a target that it has made on the guest's host?"""
+    if not intent.names.remote:
+        return False
+    if (copied_to := _copied_to(view.disk(intent.key))) is not None:
+        return copied_to == str(intent.names.target)
+    job = view.jobs.get(intent.job)
+    return job is not None and job.type == "copy"
+
+
+def _copied_to(disk: Disk | None) -> str | None:
+    return disk.libvirt.mirror if disk and disk.libvirt else None
+
+
 def _is_ours(intent: DiskIntent, disk: Disk | None) -> bool:
     """Is the disk's job our mirror? libvirt's jobs have no names of ours."""
-    copied_to = disk.libvirt.mirror if disk and disk.libvirt else None
-    return copied_to in (None, str(intent.names.target))
+    return _copied_to(disk) in (None, str(intent.names.target))
 
 
 def _active(intent: DiskIntent, disk: Disk | None, named: Named) -> Active:
@@ -104,6 +119,8 @@ def _job(job: BlockJob | None) -> Job:
 def _target(intent: DiskIntent) -> Target:
     if intent.commits:
         return Target.LAYER
+    if intent.names.remote:
+        return Target.USED if intent.made else Target.LAYER
     found = stamp(intent.names.target)
     if intent.seeded and found and found.id == intent.seeded.id:
         return Target.SEEDED if found == intent.seeded else Target.USED

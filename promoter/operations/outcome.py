@@ -50,6 +50,8 @@ def job_failure(disk: DiskIntent, job: BlockJob) -> tuple[Failure, str]:
 def error_of(intent: Move) -> PromoterError:
     """The error of what was put back: the guest is on its untouched old chain."""
     unchanged = "The guest is unchanged on its old chain."
+    if left := [str(disk.names.target) for disk in intent.disks if disk.left]:
+        unchanged += f" Half-made on its host, remove: {', '.join(left)}."
     match intent.failure:
         case None:
             return Unreachable(

@@ -46,11 +46,11 @@ PlanDisk = Callable[[Guest, GuestView, Disk, Choices, str, int], Awaitable[DiskI
 class Plan:
     """What would be done; ``nothing_to_do`` names disks that are as they should be already.
 
-    ``free`` has the free bytes at each disk's target.
+    ``free`` has the free bytes at each disk's target, None where that cannot be seen.
     """
 
     move: Move
-    free: tuple[int, ...]
+    free: tuple[int | None, ...]
     nothing_to_do: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -80,7 +80,7 @@ async def make_plan(
     changed = {intent.key for intent in intents}
     return Plan(
         Move(identity, guest.name, choices, tuple(intents), domain=address, kind=kind),
-        free=tuple(free_bytes(intent.names.target.parent) for intent in intents),
+        free=tuple(_free(intent) for intent in intents),
         nothing_to_do=tuple(disk.name for disk in disks if disk.key not in changed),
         warnings=(
             *_bugs(view, [disk for disk in disks if disk.key in changed]),
@@ -118,7 +118,7 @@ def choose_names(disk: Disk, choices: Choices, identity: str, *, adopted: bool =
     elif choices.target_dir:
         target = choices.target_dir.absolute() / old.name
     elif disk.libvirt:
-        target = old.with_name(f"{old.stem}.promoted-{identity}.{choices.format}")
+        target = _beside(old, choices, identity)
     else:
         check_in_place(disk, choices.format)
         target = old.with_name(f"{old.name}.new-{identity}")
@@ -144,6 +144,31 @@ def choose_names(disk: Disk, choices: Choices, identity: str, *, adopted: bool =
     return names
 
 
+def name_remote(disk: Disk, choices: Choices, identity: str) -> Names:
+    """As `choose_names`, for files of another host: nothing there can be looked at."""
+    old = file_of(disk.chain.active)
+    if choices.target:
+        target = choices.target
+    elif choices.target_dir:
+        target = choices.target_dir / old.name
+    else:
+        target = _beside(old, choices, identity)
+    return Names(
+        old=None,
+        path=old,
+        target=target,
+        aside=old,
+        prepared=old,
+        in_place=False,
+        defined=True,
+        stays=True,
+    )
+
+
+def _beside(old: Path, choices: Choices, identity: str) -> Path:
+    return old.with_name(f"{old.stem}.promoted-{identity}.{choices.format}")
+
+
 def choose_layout(chain: BackingChain, choices: Choices) -> Geometry:
     active = chain.active
     extended = active.extended_l2 if choices.extended_l2 is None else choices.extended_l2
@@ -151,6 +176,10 @@ def choose_layout(chain: BackingChain, choices: Choices) -> Geometry:
     if extended and not choices.cluster_size:
         cluster = max(cluster, LEAST_EXTENDED)
     return Geometry(choices.format, cluster, extended, choices.preallocation)
+
+
+def _free(intent: DiskIntent) -> int | None:
+    return None if intent.names.remote else free_bytes(intent.names.target.parent)
 
 
 def _bugs(view: GuestView, disks: list[Disk]) -> Iterator[str]:
@@ -190,6 +219,15 @@ def _warnings(intent: DiskIntent) -> list[str]:
             f"{intent.name}: QEMU drops the guest's discards while it mirrors:"
             " run fstrim in the guest afterwards"
         )
+    if intent.names.remote:
+        warnings.append(
+            f"{intent.name}: on another host, so all of it is copied by the guest's QEMU, the room"
+            f" there is not known, and the old overlay stays {intent.names.path}"
+        )
+        warnings.append(
+            f"{intent.name}: only libvirt flushes the domain's new definition: after a power cut on"
+            " that host within seconds of the switchover, see what it boots from first"
+        )
     if intent.method is SeedMethod.REFLINK:
         warnings.append(
             f"{intent.name}: the new disk shares its extents with the base;"
@@ -208,6 +246,9 @@ def same_files(intent: DiskIntent, disk: Disk) -> bool:
 
     A commit's own job writes to what lies below, and QEMU's locks keep others from it.
     """
+    if intent.names.remote:
+        same = [image.file for image in disk.chain] == [image.file for image in intent.chain]
+        return same and disk.chain.active.virtual_size == intent.virtual_size
     active = stamp(file_of(disk.chain.active))
     below = stamps(disk.chain)
     return (

@@ -24,10 +24,11 @@ from promoter.guests.bugs import (
     loses_interrupts,
     loses_writes_at_start,
 )
-from promoter.operations.move import DiskIntent, Loss
+from promoter.operations.move import Choices, DiskIntent, Loss, Old
 from promoter.storage import images
 from promoter.storage.files import free_bytes, open_files, stamp
 from promoter.storage.names import Names
+from promoter.storage.seed import Preallocation, SeedMethod
 
 PROMOTABLE = frozenset({"running", "paused", "prelaunch", "suspended"})
 
@@ -173,8 +174,54 @@ def check_copy(disk: Disk, copy: RunningCopy, view: GuestView) -> None:
         )
 
 
+def remote(guest: Guest) -> Domain | None:
+    """The guest, when it is a domain whose QEMU cannot be seen: it runs on another host."""
+    return guest if isinstance(guest, Domain) and guest.pid is None else None
+
+
+def check_remote(domain: Domain, disk: Disk, choices: Choices) -> None:
+    """Is nothing asked for that only the guest's host could do, with the files at hand?"""
+    asked = {
+        f"--seed {choices.seed}": choices.seed not in (None, SeedMethod.NONE),
+        "--old delete": choices.old is Old.DELETE,
+        "--preallocation": choices.preallocation is not Preallocation.OFF,
+        "--cluster-size": choices.cluster_size is not None,
+        "--extended-l2": choices.extended_l2 is not None,
+        "--adopt": choices.adopt,
+    }
+    if impossible := [option for option, given in asked.items() if given]:
+        raise Refused(
+            f"{domain.name} does not run on this host: {', '.join(impossible)} cannot be done",
+            "There libvirt makes the new disk, laid out as the old one, and QEMU copies it all."
+            " Run promoter on the guest's host, or leave that out.",
+        )
+    is_device = disk.chain.active.file_driver == "host_device"
+    if is_device and not (choices.target or choices.target_dir):
+        raise Refused(
+            f"{disk.name}: {disk.chain.active.file} is a block device, with no room for a file"
+            " beside it",
+            "Give a --target.",
+        )
+
+
+async def check_remote_target(domain: Domain, disk: Disk, target: Path) -> None:
+    """Will libvirt make this file, as far as it can tell? It takes one that is empty, too."""
+    why = ""
+    if not target.is_absolute() or ".." in target.parts:
+        why = "is not the absolute path of a file on the guest's host"
+    elif target.is_relative_to("/dev"):
+        why = "is a device: libvirt would write over what it holds"
+    elif any(target in image.files for image in disk.chain):
+        why = "is of the disk's own chain"
+    elif await domain.has_volume(target):
+        why = f"exists on the host of {domain.name}"
+    if why:
+        raise Refused(f"target {target} {why}", "Choose another --target.")
+    check_printable(target)
+
+
 def check_definition(disk: Disk) -> None:
-    """Are libvirt, the guest's QEMU and the images' headers of one mind about the chain?"""
+    """Are libvirt and the guest's QEMU of one mind about the chain?"""
     if disk.libvirt is None:
         raise Refused(
             f"{disk.name}: libvirt does not know this disk",
@@ -186,6 +233,10 @@ def check_definition(disk: Disk) -> None:
             "See: promoter chain. Mend libvirt's definition (virsh edit), or restart the guest"
             " from the right disk, first.",
         )
+
+
+def check_backing_names(disk: Disk) -> None:
+    """Do the images' headers name what the guest's QEMU has below them?"""
     for upper, lower in pairwise(disk.chain):
         if not (upper.file and lower.file):
             continue  # how the name of what is elsewhere is written is QEMU's and libvirt's affair
@@ -261,6 +312,7 @@ async def check_chain(guest: Guest, disk: Disk) -> None:
     await check_headers(disk)
     if isinstance(guest, Domain):
         check_definition(disk)
+        check_backing_names(disk)
 
 
 def check_files(guest: Guest, disk: Disk) -> None:
@@ -312,14 +364,18 @@ def check_names(names: Names, *more: Path) -> None:
 
 def _check_name(path: Path) -> None:
     """The longest names on the way must be possible too, and the journal must hold them."""
-    if not str(path).isprintable():
-        raise Refused(f"{str(path)!r} is not a name for people", "Choose another --target.")
+    check_printable(path)
     most = os.pathconf(path.parent, "PC_NAME_MAX")
     if (length := len(os.fsencode(path.name))) > most:
         raise Refused(
             f"the name {path.name} would be too long: {length} bytes, {most} are possible",
             "Choose a shorter --target.",
         )
+
+
+def check_printable(path: Path) -> None:
+    if not str(path).isprintable():
+        raise Refused(f"{str(path)!r} is not a name for people", "Choose another --target.")
 
 
 def check_directory(directory: Path) -> None:
@@ -346,7 +402,7 @@ def check_targets(intents: list[DiskIntent]) -> None:
 def check_space(intents: list[DiskIntent]) -> None:
     needed: dict[int, int] = defaultdict(int)
     places: dict[int, Path] = {}
-    for intent in intents:
+    for intent in (intent for intent in intents if not intent.names.remote):
         place = intent.names.target.parent
         device = place.stat().st_dev
         needed[device] += intent.required

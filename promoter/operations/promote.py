@@ -23,6 +23,7 @@ from promoter.operations.plan import (
     file_of,
     full_size,
     make_plan,
+    name_remote,
     options_for,
     stamps,
 )
@@ -30,12 +31,17 @@ from promoter.operations.preflight import (
     check_chain,
     check_clone,
     check_copy,
+    check_definition,
     check_raw,
+    check_remote,
+    check_remote_target,
     check_start,
     check_throttles,
     is_encrypted,
     is_local,
+    remote,
 )
+from promoter.storage.names import Names
 from promoter.storage.seed import (
     Geometry,
     Preallocation,
@@ -71,20 +77,30 @@ async def plan_disk(
     """Plan one disk, None for a full clone. Raises `Refused` with the reason."""
     if len(disk.chain) == 1:
         return None
+    domain = remote(guest)
+    if domain:
+        check_remote(domain, disk, choices)
     copy = await guest.copy(disk.name) if choices.adopt and isinstance(guest, Domain) else None
     if copy:
         check_copy(disk, copy, view)
         choices = replace(choices, target=copy.file, format=copy.format, seed=SeedMethod.NONE)
     check_clone(disk, choices.lose, adopted=copy is not None)
-    await check_chain(guest, disk)
-    names = choose_names(disk, choices, identity, adopted=copy is not None)
+    if domain:
+        check_definition(disk)
+        names = name_remote(disk, choices, identity)
+        await check_remote_target(domain, disk, names.target)
+    else:
+        await check_chain(guest, disk)
+        names = choose_names(disk, choices, identity, adopted=copy is not None)
     geometry = choose_layout(disk.chain, choices)
     below = disk.chain.below
-    if why := _why_no_seed(disk):
+    if names.remote:
+        method = SeedMethod.NONE
+    elif why := _why_no_seed(disk):
         method = _no_seed(choices, why)
     else:
         method, geometry = await asyncio.to_thread(_method, below, choices, geometry, names.target)
-    full = 0 if copy else await full_size(disk.chain, geometry)
+    full = 0 if copy else await _full_size(disk, geometry, names)
     return DiskIntent(
         mark=f"promoter-{identity}-{index}",
         index=index,
@@ -92,13 +108,19 @@ async def plan_disk(
         name=disk.name,
         root=disk.node,
         chain=disk.chain,
-        below=stamps(disk.chain),
+        below=() if names.remote else stamps(disk.chain),
         options=options_for(disk, view),
         names=names,
         method=method,
         geometry=geometry,
         required=_new_size(disk.chain, full) if method is SeedMethod.REFLINK else full,
     )
+
+
+async def _full_size(disk: Disk, geometry: Geometry, names: Names) -> int:
+    if names.remote:
+        return disk.chain.active.virtual_size
+    return await full_size(disk.chain, geometry)
 
 
 def _new_size(chain: BackingChain, full: int) -> int:

@@ -41,6 +41,7 @@ def mirror_spec(disk: DiskIntent, choices: Choices) -> MirrorSpec:
         copy_mode=choices.copy_mode,
         speed=choices.speed,
         backing=backing.name if backing else None,
+        create=disk.names.remote,
     )
 
 

@@ -9,7 +9,8 @@ the old overlay; the commit is one ``rename(2)`` of a prepared name over it:
 
 What a libvirt domain boots from is in its definition, which is libvirt's to
 change; here only the old overlay is put aside, when it has been. One on a block
-device stays where it is.
+device stays where it is, and so does one on another host, of which nothing is
+looked at here: a file that has its name on this host is another file.
 
 `commit` and `revoke` exclude each other: both need the prepared name, and the
 file system gives it to one of them.
@@ -70,11 +71,11 @@ class Names:
     ``path`` is what the guest's command line opens, ``old`` the overlay it leads to
     before the switch, ``aside`` the name the old overlay keeps, ``prepared`` the name
     that the commit moves over ``path``. ``defined``: the guest is a libvirt domain. Where
-    ``aside`` is ``path`` the old overlay keeps its name. ``stays``: it is a block device, whose
-    name is nobody's to change.
+    ``aside`` is ``path`` the old overlay keeps its name. ``stays``: its name is nobody's to
+    change, since it is a block device, or on another host: ``old`` is None then.
     """
 
-    old: FileId
+    old: FileId | None
     path: Path
     target: Path
     aside: Path
@@ -82,6 +83,11 @@ class Names:
     in_place: bool
     defined: bool = False
     stays: bool = False
+
+    @property
+    def remote(self) -> bool:
+        """Are the files on another host?"""
+        return self.old is None
 
     def prepare(self) -> None:
         """Make ``aside`` and ``prepared``; the guest's path is untouched. Repeatable."""
@@ -156,8 +162,8 @@ class Names:
 
     def spares(self) -> list[Path]:
         """The other names that promoter gave the new disk and the old overlay."""
-        disk = file_id(self.path)
-        if disk is None or not self.in_place:
+        disk = file_id(self.path) if self.in_place else None
+        if disk is None:
             return []
         named = (path for path in self.path.parent.iterdir() if SPARE.fullmatch(path.name))
         return [p for p in named if p != self.aside and file_id(p) in (disk, self.old)]
@@ -173,8 +179,10 @@ class Names:
 
     def tidy(self) -> None:
         """After the switch: remove the name that leads nowhere, or to a domain's old overlay."""
+        if self.in_place or self.stays:
+            return
         is_spare = self.is_old() and self.is_prepared() if self.defined else self.path.is_symlink()
-        if not (self.in_place or self.stays) and is_spare and self.aside != self.path:
+        if is_spare and self.aside != self.path:
             self.path.unlink()
             sync(self.path.parent)
 
