@@ -433,6 +433,8 @@ class MoveOperation:
                 await self._cancel_job(disk)
             case Do.DISMISS:
                 await self._dismiss(disk)
+            case Do.MIRROR if disk.names.remote:
+                await self._mirror_remote(index, disk)
             case Do.MIRROR:
                 await self._mirror(disk)
             case Do.DETACH:
@@ -527,6 +529,15 @@ class MoveOperation:
             if not self.intent.domain:
                 await self._plain.attach(target_node(disk))
         await self._begin(disk, spec)
+
+    async def _mirror_remote(self, index: int, disk: DiskIntent) -> None:
+        """Have libvirt make the target and copy to it; it leaves none where it refuses."""
+        self._save(self.intent.with_disk(index, replace(disk, left=True)))
+        try:
+            await self._mirror(disk)
+        except JobFailed:
+            self._save(self.intent.with_disk(index, replace(disk, left=False)))
+            raise
 
     async def _begin(self, disk: DiskIntent, spec: Start) -> None:
         view = await self._alive.look()
