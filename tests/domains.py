@@ -233,10 +233,6 @@ class Domain:
         """The file of each disk, as it is defined."""
         return [s.get("file", "") for s in self._sources(libvirt.VIR_DOMAIN_XML_INACTIVE)]
 
-    def copying(self) -> bool:
-        """Does a copy of a disk run?"""
-        return "<mirror " in self.domain.XMLDesc(0)
-
     def _sources(self, flags: int) -> list[Element]:
         return ElementTree.fromstring(self.domain.XMLDesc(flags)).findall("devices/disk/source")
 

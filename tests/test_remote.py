@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from promoter.operations.journal import Journal, OperationStatus
+from promoter.operations.move import Move
+from promoter.values import from_json
 from tests import records
 from tests.cli import Ran, ended, promoter, start
 from tests.domains import Domain, Libvirtd
@@ -157,13 +160,14 @@ def test_cancelled_what_was_half_made_goes_or_is_named(elsewhere: Elsewhere) -> 
         with elsewhere.pool():
             cancelled = cancel(elsewhere)
         assert cancelled.code == 7, cancelled
-        assert "remove" not in cancelled.result["hint"]
+        assert "Half-made" not in cancelled.result["hint"]
         assert elsewhere.files() == {"base.qcow2", "clone.qcow2"}
         cancelled = cancel(elsewhere)
         assert cancelled.code == 7, cancelled
         (left,) = elsewhere.files() - {"base.qcow2", "clone.qcow2"}
         assert (
-            f"Half-made on its host, remove: {elsewhere.here / left}." in (cancelled.result["hint"])
+            f"Half-made on its host, if it is there: {elsewhere.here / left}."
+            in (cancelled.result["hint"])
         )
         assert domain.files() == [str(elsewhere.clone)]
         elsewhere.prove(promoted=False, left=1)
@@ -190,8 +194,14 @@ def cancel(elsewhere: Elsewhere) -> Ran:
 def copying(elsewhere: Elsewhere) -> subprocess.Popen[str]:
     promote = ("promote", "web01", "--speed", "1M", "-c", elsewhere.uri, "--json")
     promoting = start(elsewhere.state, *promote)
-    wait_for(elsewhere.domain.copying, "the copy to start", 60)
+    wait_for(lambda: made(elsewhere), "the copy to start", 60)
     return promoting
+
+
+def made(elsewhere: Elsewhere) -> bool:
+    """Does promoter know that libvirt has made the target?"""
+    running = [e for e in Journal(elsewhere.state).entries() if e.status is OperationStatus.RUNNING]
+    return any(from_json(Move, entry.intent).disks[0].made for entry in running)
 
 
 def test_what_cannot_be_done_there_is_refused(elsewhere: Elsewhere) -> None:
@@ -223,7 +233,7 @@ def test_what_cannot_be_done_there_is_refused(elsewhere: Elsewhere) -> None:
         ran = elsewhere.run("promote", "--target", target)  # no pool tells, but libvirt refuses
         assert ran.code == 6, ran
         assert "already exists" in ran.result["message"]
-        assert "remove" not in ran.result["hint"]
+        assert "Half-made" not in ran.result["hint"]
         assert domain.files() == [str(elsewhere.clone)]
         elsewhere.prove(promoted=False, left=1)
     assert taken.read_text() == "somebody's"

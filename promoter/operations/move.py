@@ -125,7 +125,7 @@ class DiskIntent:
     ``below`` are the files under the active layer, as they were planned. ``kept`` counts the
     lowest layers that stay below a new disk. A commit merges the layers from ``top``, counted
     from the active one, down to the target, layer ``into``. On another host libvirt makes the
-    target: ``made``, it has; ``left``: half-made, and cannot be removed from here.
+    target: ``made``, it has; ``left``: there may be one, half-made, that is not removed from here.
     """
 
     mark: str

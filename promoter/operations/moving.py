@@ -432,6 +432,8 @@ class MoveOperation:
                 await self._cancel_job(disk)
             case Do.DISMISS:
                 await self._dismiss(disk)
+            case Do.MIRROR if disk.names.remote:
+                await self._mirror_remote(index, disk)
             case Do.MIRROR:
                 await self._mirror(await self._with_its_nodes(index, disk))
             case Do.DETACH:
@@ -537,6 +539,15 @@ class MoveOperation:
         disk = replace(disk, chain=found.chain, root=found.node)
         self._save(self.intent.with_disk(index, disk))
         return disk
+
+    async def _mirror_remote(self, index: int, disk: DiskIntent) -> None:
+        """Have libvirt make the target and copy to it; it leaves none where it refuses."""
+        self._save(self.intent.with_disk(index, replace(disk, left=True)))
+        try:
+            await self._mirror(disk)
+        except JobFailed:
+            self._save(self.intent.with_disk(index, replace(disk, left=False)))
+            raise
 
     async def _begin(self, disk: DiskIntent, spec: Start) -> None:
         view = await self._alive.look()

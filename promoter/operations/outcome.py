@@ -51,7 +51,7 @@ def error_of(intent: Move) -> PromoterError:
     """The error of what was put back: the guest is on its untouched old chain."""
     unchanged = "The guest is unchanged on its old chain."
     if left := [str(disk.names.target) for disk in intent.disks if disk.left]:
-        unchanged += f" Half-made on its host, remove: {', '.join(left)}."
+        unchanged += f" Half-made on its host, if it is there: {', '.join(left)}."
     match intent.failure:
         case None:
             return Unreachable(
