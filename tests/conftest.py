@@ -1,6 +1,7 @@
 """Fixtures of all tests."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,19 @@ class Coverage:
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # not in the workers of pytest -n
         config.pluginmanager.register(Coverage())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test that is ``sampled(n)`` only every n-th case is tried for every change."""
+    seen = Counter[str]()
+    for item in items:
+        if sample := item.get_closest_marker("sampled"):
+            name = item.nodeid.partition("[")[0]
+            if item.get_closest_marker("nightly") is None:
+                if seen[name] % sample.args[0]:
+                    item.add_marker(pytest.mark.nightly)
+                seen[name] += 1
 
 
 @pytest.fixture(scope="session")

@@ -438,6 +438,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_refusal_says_why_and_changes_nothing(place: Place, case: str) -> None:
     text, code, said = REFUSED[case]
@@ -470,6 +471,7 @@ def test_with_json_an_error_is_one_line(
     assert line["hint"]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("job", ["block-stream", "blockdev-backup", "blockdev-mirror"])
 def test_a_disk_with_a_job_is_refused_and_the_job_goes_on(place: Place, job: str) -> None:
     vm, node = place.vm, f"disk{NAMES.index('busy')}"

@@ -185,6 +185,7 @@ def consolidate(vm: VM, text: str) -> Ran:
     return promoter(vm.directory / "state", "consolidate", vm.monitor, *text.split(), "--json")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_refusal_says_why_and_changes_nothing(vm: VM, case: str) -> None:
     words, said = REFUSED[case]

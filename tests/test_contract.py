@@ -108,6 +108,7 @@ def test_a_linked_clone_becomes_a_full_clone(case: Case) -> None:
     assert sha256(base().read_bytes()).hexdigest() == before
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("options", [("--seed", "none"), ("--format", "raw"), ("--speed", "20M")])
 def test_however_it_is_asked_for(case: Case, options: tuple[str, ...], tmp_path: Path) -> None:
     with case.guest as guest:
@@ -197,6 +198,7 @@ def test_a_dry_run_changes_nothing(case: Case) -> None:
         case.prove_unchanged(files)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("phase", "speed"), [("seed", SLOW), ("mirror", "20M")])
 def test_cancelled_it_leaves_nothing_behind(case: Case, phase: str, speed: str) -> None:
     with case.guest as guest:
@@ -211,6 +213,7 @@ def test_cancelled_it_leaves_nothing_behind(case: Case, phase: str, speed: str) 
         case.prove_unchanged(files)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("phase", ["seed", "mirror"])
 def test_paused_it_copies_nothing_until_it_is_resumed(case: Case, phase: str) -> None:
     with case.guest as guest:
@@ -262,6 +265,7 @@ def test_terminated_it_goes_on_when_resumed(case: Case) -> None:
         case.prove(resumed.result)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("step", [Do.SEED, Do.AWAIT_READY, Do.SWITCH_OVER, Do.TIDY])
 def test_killed_at_any_step_it_goes_on_when_resumed(case: Case, step: Do) -> None:
     with case.guest as guest:
@@ -287,6 +291,7 @@ def test_a_guest_that_dies_in_the_middle_has_its_old_disk(case: Case) -> None:
         case.prove_unchanged(files)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [

@@ -190,6 +190,7 @@ def case(libvirtd: Libvirtd, tmp_path: Path) -> Case:
     return Case(libvirtd, tmp_path)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("point", "words"),
     [
@@ -226,6 +227,7 @@ def test_promoter_and_libvirtd_are_killed_and_resume_finishes(case: Case, point:
         case.prove(promoted=True)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("point", "whom"),
     [
@@ -321,6 +323,7 @@ def pool(libvirtd: Libvirtd, directory: Path) -> Iterator[str]:
         made.destroy()
 
 
+@pytest.mark.nightly
 def test_a_spelled_out_chain_on_virtio_scsi(libvirtd: Libvirtd, tmp_path: Path) -> None:
     disk = Disk(linked_clone(base(), tmp_path / "clone.qcow2"), bus=Bus.SCSI)
     disk.path.chmod(0o640)
@@ -406,6 +409,7 @@ def copy_to(target: Path, domain: Domain, speed: int = 0, flags: int = 0) -> Non
     domain.domain.blockCopy("vda", copy, options, flags)
 
 
+@pytest.mark.nightly
 def test_a_copy_of_somebody_else_is_adopted(case: Case, tmp_path: Path) -> None:
     other = tmp_path / "other.qcow2"
     words = ("promote", *case.domain.address, "--adopt", "--json")

@@ -64,6 +64,7 @@ def file_names(vm: VM) -> set[str]:
 UNUSUAL = [case for at, case in enumerate(product([1, 2, 5], Style)) if at % 4]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("qemu", "depth", "style"),
     [
@@ -104,6 +105,7 @@ def test_a_writing_clone_of_any_depth_becomes_a_full_clone_in_place(
     assert {layer: digest(layer) for layer in before} == before
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("image_format", ["qcow2", "raw"])
 @pytest.mark.parametrize("seed", ["auto", "convert", "none"])
 def test_a_target_elsewhere_is_a_full_clone_and_the_old_path_is_gone(
@@ -126,6 +128,7 @@ def test_a_target_elsewhere_is_a_full_clone_and_the_old_path_is_gone(
     assert "backing file" not in qemu_img("info", target)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("words", "layout"),
     [
@@ -262,6 +265,7 @@ def test_a_clone_of_a_clone_shares_the_lowest_layer_and_gets_the_others(xfs: Pat
     assert not list(xfs.glob("*.delta"))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("seed", ["convert", "copy", "none"])
 def test_a_running_promotion_takes_another_speed(
     tmp_path: Path, untouched_base: Path, seed: str
@@ -293,6 +297,7 @@ def test_a_running_promotion_takes_another_speed(
     prove_full_clone(clone, vm.log)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("words", "together"), [([], False), (["--parallel", "2"], True)])
 def test_disks_on_one_file_system_are_seeded_in_turn_unless_asked_for_more(
     tmp_path: Path, untouched_base: Path, words: list[str], together: bool
@@ -422,6 +427,7 @@ def test_when_one_target_fails_before_the_commit_both_disks_stay(
         subprocess.run(["umount", small], check=True)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("point", ["renamed", "finalized"])
 @pytest.mark.parametrize("whom", ["promoter", "promoter and guard", "both"])
 def test_a_kill_between_the_commits_of_two_disks_leaves_both_promoted(
@@ -446,6 +452,7 @@ def test_a_kill_between_the_commits_of_two_disks_leaves_both_promoted(
     assert "backing file" not in qemu_img("info", paths[0])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("qemu")
 def test_the_disks_of_a_guest_switch_together(tmp_path: Path, untouched_base: Path) -> None:
     clone = linked_clone(untouched_base, tmp_path / "clone.qcow2")
@@ -465,6 +472,7 @@ def test_the_disks_of_a_guest_switch_together(tmp_path: Path, untouched_base: Pa
     assert "backing file" not in qemu_img("info", clone)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("qemu")
 def test_after_it_a_snapshot_by_name_and_one_onto_a_node_lose_nothing(
     tmp_path: Path, untouched_base: Path

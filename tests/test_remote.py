@@ -126,6 +126,7 @@ def test_a_domain_of_another_host_is_promoted_there(elsewhere: Elsewhere) -> Non
         assert again.code == 3, again  # it does not run now
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("point", "whom"),
     [
