@@ -100,6 +100,10 @@ def test_a_layer_that_a_sibling_reads_is_never_written_to(
                 named = "pid" if where.endswith("running") else str(sibling)
                 assert named in refused.result["message"]
                 assert "--beside" in refused.result["hint"]
+            words = ("--beside", "--base", layers[2], "--old", "delete", *scan)
+            refused = case.run("consolidate", *words)
+            assert refused.code == 4, refused.out
+            assert "cannot be deleted" in refused.result["hint"]
             assert case.chain() == layers[::-1]
             planned = case.run("consolidate", "--dry-run", *scan)
             assert planned.lines[0]["disks"][0]["target"] == str(

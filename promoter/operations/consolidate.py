@@ -17,7 +17,7 @@ from pathlib import Path
 from promoter.chain import BackingChain, Disk, Image
 from promoter.errors import Refused
 from promoter.guests.base import Guest, GuestView
-from promoter.operations.move import Choices, DiskIntent, Kind, Way
+from promoter.operations.move import Choices, DiskIntent, Kind, Old, Way
 from promoter.operations.plan import (
     Plan,
     choose_layout,
@@ -83,6 +83,8 @@ async def _plan_disk(
         )
     _check_contents(disk, disk.chain.images[top : into + 1])
     if choices.beside:
+        if choices.old is Old.DELETE:
+            _check_unread(disk, disk.chain.images[: into + 1], siblings)
         return await _beside(view, disk, choices, identity, index, into)
     _check_target(disk, disk.chain.images[into], siblings)
     if not top:
@@ -134,6 +136,15 @@ def _check_contents(disk: Disk, layers: tuple[Image, ...]) -> None:
             raise Refused(
                 f"{disk.name}: {image.file} is encrypted",
                 "Its data could come to lie in clear text. Promote it: --lose encryption",
+            )
+
+
+def _check_unread(disk: Disk, layers: tuple[Image, ...], siblings: Siblings) -> None:
+    for image in layers:
+        if others := siblings.of(disk, image):
+            raise Refused(
+                f"{disk.name}: {image.file} is read by others too: {'; '.join(map(str, others))}",
+                "It cannot be deleted: leave out --old delete.",
             )
 
 
