@@ -120,6 +120,7 @@ def test_twenty_rounds_and_each_backup_boots(case: Case, tmp_path: Path) -> None
         case.prove_as_before()
 
 
+@pytest.mark.sampled(2)
 def test_all_disks_are_of_one_instant(make: Make, tmp_path: Path) -> None:
     case = Case(make, tmp_path)
     data = blank(tmp_path / "data.qcow2", MIB)
@@ -168,6 +169,7 @@ def test_killed_at_any_step_it_is_finished_by_resume(case: Case, step: str, whom
         case.prove_as_before()
 
 
+@pytest.mark.sampled(2)
 def test_cancelled_it_merges_the_delta_all_the_same(case: Case) -> None:
     with case.guest as guest:
         guest.wait_for_acks(60)
@@ -180,6 +182,7 @@ def test_cancelled_it_merges_the_delta_all_the_same(case: Case) -> None:
         case.prove_as_before()
 
 
+@pytest.mark.sampled(2)
 def test_a_directory_that_runs_full_ends_it_and_the_delta_is_merged(
     case: Case, tmp_path: Path
 ) -> None:
@@ -200,6 +203,7 @@ def test_a_directory_that_runs_full_ends_it_and_the_delta_is_merged(
         case.prove_as_before()
 
 
+@pytest.mark.sampled(2)
 def test_what_cannot_be_is_refused(case: Case) -> None:
     with case.guest as guest:
         guest.wait_for_acks(20)

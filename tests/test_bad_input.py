@@ -521,6 +521,7 @@ def test_a_disk_that_is_read_over_nbd_is_promoted(tmp_path: Path) -> None:
     assert "backing file" not in qemu_img("info", disk.path)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("disks", [[], ["vd0"], ["vd0", "vd1"]])
 def test_full_clones_leave_nothing_to_do(tmp_path: Path, disks: list[str]) -> None:
     images = tmp_path / "images"
@@ -630,6 +631,7 @@ def fill_at_the_switchover(vm: VM, small: Path, process: subprocess.Popen[str]) 
     return filler
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("take_space", "hang"),
     [
@@ -703,6 +705,7 @@ def test_a_guest_that_goes_away_ends_the_seed_and_leaves_nothing_behind(tmp_path
     assert only_job(state)["status"] == "failed"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("seed", ["convert", "copy", "none"])
 def test_ctrl_c_puts_everything_back(place: Place, tmp_path: Path, seed: str) -> None:
     with place.unchanged():
@@ -715,6 +718,7 @@ def test_ctrl_c_puts_everything_back(place: Place, tmp_path: Path, seed: str) ->
     assert only_job(tmp_path)["status"] == "cancelled"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("seed", ["convert", "none"])
 def test_sigterm_leaves_it_for_resume(tmp_path: Path, seed: str) -> None:
     images, state = tmp_path / "images", tmp_path / "state"

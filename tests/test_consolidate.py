@@ -285,6 +285,7 @@ def test_a_dry_run_changes_nothing(make: Make, tmp_path: Path, words: tuple[str,
         case.prove_unchanged(layers[::-1], files)
 
 
+@pytest.mark.sampled(2)
 def test_a_disk_without_a_base_is_merged_when_its_lowest_layer_is_named(
     make: Make, tmp_path: Path
 ) -> None:
@@ -309,6 +310,7 @@ def test_a_disk_without_a_base_is_merged_when_its_lowest_layer_is_named(
             assert case.active == root
 
 
+@pytest.mark.nightly
 @NIGHTLY_LIBVIRT
 def test_a_full_clone_is_one_disk_again(make: Make, tmp_path: Path) -> None:
     full = tmp_path / "full.qcow2"
@@ -390,6 +392,7 @@ def throttles(case: Case) -> dict[str, int]:
     return {key: value for key, value in inserted.items() if key.startswith(("bps", "iops"))}
 
 
+@pytest.mark.nightly
 @NIGHTLY_LIBVIRT
 def test_all_disks_are_merged_and_switch_together(make: Make, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()

@@ -155,6 +155,7 @@ def sockets() -> Iterator[Path]:
         yield Path(directory)
 
 
+@pytest.mark.sampled(2)
 def test_all_disks_are_promoted_and_full_ones_left_alone(make: Make, tmp_path: Path) -> None:
     first = linked_clone(base(), tmp_path / "first.qcow2")
     second = chain(tmp_path, 3)[-1]
@@ -178,6 +179,7 @@ def test_all_disks_are_promoted_and_full_ones_left_alone(make: Make, tmp_path: P
     records.check(Path(promoted.result["disks"][0]["target"]), None, guest.log).raise_if_bad()
 
 
+@pytest.mark.sampled(2)
 def test_a_paused_guest_stays_paused(case: Case) -> None:
     with case.guest as guest:
         guest.wait_for_acks(60)
@@ -189,6 +191,7 @@ def test_a_paused_guest_stays_paused(case: Case) -> None:
         case.prove(promoted.result)
 
 
+@pytest.mark.sampled(2)
 def test_a_dry_run_changes_nothing(case: Case) -> None:
     with case.guest as guest:
         guest.wait_for_acks(20)

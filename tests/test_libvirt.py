@@ -215,6 +215,7 @@ def test_a_libvirtd_that_is_killed_and_comes_back_is_no_hindrance(
         case.prove(promoted=True)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("point", ["before AWAIT_READY", "before SWITCH_OVER"])
 def test_promoter_and_libvirtd_are_killed_and_resume_finishes(case: Case, point: str) -> None:
     with case.domain as domain:
@@ -338,6 +339,7 @@ def test_a_spelled_out_chain_on_virtio_scsi(libvirtd: Libvirtd, tmp_path: Path) 
         case.prove(promoted=True)
 
 
+@pytest.mark.nightly
 def test_a_block_device_on_sata_is_left_as_it_was(libvirtd: Libvirtd, tmp_path: Path) -> None:
     with device(tmp_path / "device.qcow2") as path:
         case = Case(libvirtd, tmp_path, Disk(path, bus=Bus.SATA))
