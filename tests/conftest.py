@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 
 from tests.domains import Domain, Libvirtd
-from tests.vm import ROOT, VM, Disk, newer_qemu, why_no_newer_qemu
+from tests.vm import ROOT, VM, Disk, other_qemu
 
 Make = Callable[[Sequence[Disk]], VM | Domain]
 
@@ -76,17 +76,14 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
     return lambda disks: Domain(libvirtd, tmp_path, disks)
 
 
-@pytest.fixture(params=["system", "newer"])
+@pytest.fixture(params=["system", "newer", "newest"])
 def qemu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs a test with the system's QEMU and with that of ci/qemu, by PATH.
+    """Runs a test with the system's QEMU and with those of ci/qemu, by PATH.
 
     So the guests, the tests' own qemu-img and promoter's are all of one version.
     """
-    if request.param == "newer":
+    if request.param != "system":
         if "PROMOTER_TEST_QEMU" in os.environ:
             pytest.skip("PROMOTER_TEST_QEMU is the only QEMU")
-        directory = newer_qemu()
-        if directory is None:
-            pytest.skip(f"no newer QEMU: {why_no_newer_qemu()}")
-        monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+        monkeypatch.setenv("PATH", f"{other_qemu(request.param)}:{os.environ['PATH']}")
     return str(request.param)

@@ -57,7 +57,7 @@ class Cell(NamedTuple):
     style: Literal["nodes", "inline", "drive"] = "nodes"
     throttle: Literal["none", "node", "drive"] = "none"
     size: Literal["as base", "larger", "smaller"] = "as base"
-    qemu: Literal["system", "newer"] = "system"
+    qemu: Literal["system", "newer", "newest"] = "system"
     iothread: Literal["no", "yes"] = "no"
     depth: Literal["1", "2"] = "1"
     guest: Literal["running", "paused", "prelaunch"] = "running"
@@ -108,8 +108,8 @@ IMPOSSIBLE: list[Rule] = [
     {"iothread": {"yes"}, "bus": {"ahci", "nvme"}},
     {"throttle": {"drive"}, "style": {"nodes", "inline"}},
     {"throttle": {"node"}, "style": {"drive"}},
-    # This QEMU may lose an interrupt in `stop`, see guests/bugs.py: the guest would hang.
-    {"guest": {"paused"}, "iothread": {"yes"}, "qemu": {"newer"}},
+    # These QEMUs may lose an interrupt in `stop`, see guests/bugs.py: the guest would hang.
+    {"guest": {"paused"}, "iothread": {"yes"}, "qemu": {"newer", "newest"}},
 ]
 COPYING = {"copy", "reflink"}
 REFUSALS: dict[str, Rule] = {

@@ -28,9 +28,8 @@ from tests.vm import (
     base,
     blank,
     linked_clone,
-    newer_qemu,
+    other_qemu,
     qemu_img,
-    why_no_newer_qemu,
 )
 
 
@@ -480,9 +479,7 @@ def dirty_bytes(domain: Domain, bitmap: str) -> list[int]:
 def test_a_domain_whose_qemu_can_lose_writes_at_a_start_is_suspended_for_it(
     libvirtd: Libvirtd, tmp_path: Path
 ) -> None:
-    if (newer := newer_qemu()) is None:
-        pytest.skip(f"no newer QEMU: {why_no_newer_qemu()}")
-    case = Case(libvirtd, tmp_path, emulator=newer / "qemu-system-x86_64")
+    case = Case(libvirtd, tmp_path, emulator=other_qemu("newer") / "qemu-system-x86_64")
     with case.domain as domain:
         domain.wait_for_acks(60)
         promoted = promoter(case.state, "promote", *domain.address, "--json")

@@ -6,7 +6,7 @@ import pytest
 
 from tests import records
 from tests.vm import (
-    NEWER_QEMU,
+    QEMUS,
     VM,
     Bus,
     Disk,
@@ -48,7 +48,7 @@ def test_guest_and_tools_are_of_the_chosen_qemu(tmp_path: Path, qemu: str) -> No
         started = Path(f"/proc/{vm.pid}/cmdline").read_text().split("\0")
     assert version in qemu_img("--version")
     assert "-blockdev" in started
-    assert any(str(NEWER_QEMU) in word for word in started) == (qemu == "newer")
+    assert any(str(QEMUS / qemu) in word for word in started) == (qemu != "system")
 
 
 def test_a_killed_guest_goes_on_by_its_own_command_line(tmp_path: Path) -> None:

@@ -26,11 +26,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import pytest
+
 from tests.records import Ack, read_acks
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "vm-images" / "build.py"
-NEWER_QEMU = ROOT / ".qemu"  # of ci/qemu
+QEMUS = ROOT / ".qemu"  # of ci/qemu
 MIB = 1 << 20
 SPARE_OFFSET = 176 * MIB  # of `base`: behind the partitions, 16 MiB that the guest never touches
 KEY = "secret,id=key,data=open-sesame"
@@ -185,15 +187,16 @@ def file_system(kind: str, directory: Path, size: int) -> Iterator[Path]:
 # --- which QEMU -----------------------------------------------------------------------------
 
 
-def newer_qemu() -> Path | None:
-    """The directory of the QEMU of ci/qemu and its tools, to be first in PATH."""
-    found = NEWER_QEMU / "bin"
-    return found if found.is_dir() else None
+def other_qemu(name: str) -> Path:
+    """The directory of a QEMU of ci/qemu and its tools, to be first in PATH.
 
-
-def why_no_newer_qemu() -> str:
-    said = NEWER_QEMU / "why-not"
-    return said.read_text().strip() if said.exists() else "ci/setup was not run"
+    Skips the test where it could not be had.
+    """
+    if not (found := QEMUS / name / "bin").is_dir():
+        said = QEMUS / f"why-no-{name}"
+        why = said.read_text().strip() if said.exists() else "ci/setup was not run"
+        pytest.skip(f"no {name} QEMU: {why}")
+    return found
 
 
 # --- the accelerator -----------------------------------------------------------------------

@@ -218,7 +218,7 @@ class PlainOutput:
 
     def result(self, result: dict[str, Any], reports: Sequence[DiskReport]) -> None:
         for report in reports:
-            self._summary(result["operation"], report)
+            self._summary(Kind(result["operation"]), report)
         if reports and not result["guest_alive"]:
             self.console.print("note: the guest is gone; its next boot has the new disk")
 

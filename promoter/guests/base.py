@@ -76,7 +76,8 @@ class MirrorSpec:
     is the target's node; plain QEMU opens ``file`` as it beforehand, libvirt names its own.
     ``sync`` is "top" (the active layer only, onto a seeded target) or "full".
     ``granularity`` is in bytes, ``speed`` in bytes per second (0: no limit). ``create``: libvirt
-    makes the file, which must not be there.
+    makes the file, which must not be there. ``target_is_zero``: the target shows nothing but zeros,
+    so that none need be written; a false claim corrupts it.
     """
 
     job: str
@@ -91,6 +92,7 @@ class MirrorSpec:
     speed: int
     backing: Path | None = None
     create: bool = False
+    target_is_zero: bool = False
 
 
 @dataclass(frozen=True)

@@ -231,7 +231,11 @@ class QmpGuest:
                     await self.drop(node)
 
     async def _mirror(self, spec: MirrorSpec) -> None:
-        below_filter = {"replaces": spec.replaces} if spec.replaces != spec.source else {}
+        more: dict[str, object] = {}
+        if spec.replaces != spec.source:
+            more["replaces"] = spec.replaces
+        if spec.target_is_zero and await self._takes("blockdev-mirror", "target-is-zero"):
+            more["target_is_zero"] = True
         await self._execute(
             "blockdev-mirror",
             job_id=spec.job,
@@ -244,8 +248,14 @@ class QmpGuest:
             filter_node_name=f"{spec.target}-mirror",
             auto_finalize=False,
             auto_dismiss=False,
-            **below_filter,
+            **more,
         )
+
+    async def _takes(self, command: str, argument: str) -> bool:
+        """Has this QEMU's command such an argument (``query-qmp-schema``)?"""
+        schema = {entry["name"]: entry for entry in await self._execute("query-qmp-schema")}
+        members = schema[schema[command]["arg-type"]]["members"]
+        return any(member["name"] == argument for member in members)
 
     async def complete(self, job: str) -> None:
         await self._execute("job-complete", id=job)

@@ -35,6 +35,7 @@ from promoter.guests.base import (
     Domain,
     Guest,
     GuestView,
+    MirrorSpec,
     NoGuest,
     PlainGuest,
     Start,
@@ -83,7 +84,7 @@ from promoter.operations.switchover import (
     switch_over,
     switch_over_standing,
 )
-from promoter.storage import seed
+from promoter.storage import images, seed
 from promoter.storage.files import file_id, is_locked, is_open, sync
 from promoter.storage.pace import Pace
 from promoter.storage.seed import SeedSpec
@@ -526,8 +527,15 @@ class MoveOperation:
         else:
             spec = mirror_spec(disk, self.intent.choices)
             if not self.intent.domain:
+                spec = replace(spec, target_is_zero=await self._is_blank(disk, spec))
                 await self._plain.attach(target_node(disk))
         await self._begin(disk, spec)
+
+    async def _is_blank(self, disk: DiskIntent, spec: MirrorSpec) -> bool:
+        """Was nothing written yet to the target, which the mirror is to fill?"""
+        if spec.sync != "full" or disk.node in (await self._alive.look()).nodes:
+            return False
+        return await images.reads_as_zeros(disk.names.target, disk.geometry.format)
 
     async def _with_its_nodes(self, index: int, disk: DiskIntent) -> DiskIntent:
         """The disk, whose files are seen to be the planned ones, by the node-names that it has now:

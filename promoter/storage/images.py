@@ -169,6 +169,14 @@ async def differ(images: tuple[Image, ...], path: Path, image_format: str) -> st
     return ""
 
 
+async def reads_as_zeros(path: Path, image_format: str) -> bool:
+    """Does an image without a backing file show nothing but zeros, as far as its metadata tells
+    (``qemu-img map``)? Nobody may have it open to write.
+    """
+    extents = json.loads(await _qemu_img("map", "--output=json", "-f", image_format, str(path)))
+    return all(extent["zero"] for extent in extents)
+
+
 def backing_name(path: Path) -> str | None:
     """The backing file that a qcow2 header names; None for another format or without one.
 
