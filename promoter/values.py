@@ -1,34 +1,37 @@
-"""Values as JSON, and back: for the journal, for processes of ours, for other terminals.
-
-How a kind of value is read and written is worked out when it is first needed, which takes longer
-than many a command.
-"""
+"""Values as JSON, and back: for the journal, for processes of ours, for other terminals."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter
+import msgspec
 
 T = TypeVar("T")
 
 
-_ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
-
-
-def adapter(kind: type[T]) -> TypeAdapter[T]:
-    """What reads and writes values of this kind."""
-    if kind not in _ADAPTERS:
-        _ADAPTERS[kind] = TypeAdapter(kind)
-    return _ADAPTERS[kind]
-
-
 def to_json(value: object) -> str:
     """A dataclass as JSON."""
-    kind: Any = type(value)
-    return adapter(kind).dump_json(value).decode()
+    return msgspec.json.encode(value, enc_hook=_from_path).decode()
 
 
 def from_json(kind: type[T], text: str | bytes) -> T:
-    """The value that `to_json` wrote. Raises pydantic's ValidationError, a ValueError."""
-    return adapter(kind).validate_json(text)
+    """The value that `to_json` wrote. Raises msgspec's ValidationError, a ValueError."""
+    return msgspec.json.decode(text, type=kind, dec_hook=_to_path)
+
+
+def from_builtins(kind: type[T], fields: object) -> T:
+    """The value that `from_json` would make of it, from what JSON was read as already."""
+    return msgspec.convert(fields, kind, dec_hook=_to_path)
+
+
+def _from_path(value: object) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{value!r} is no value")
+
+
+def _to_path(kind: type[Any], value: object) -> Path:
+    if issubclass(kind, Path) and isinstance(value, str):
+        return Path(value)
+    raise TypeError(f"{value!r} is no {kind}")

@@ -21,6 +21,7 @@ import libvirt
 
 from tests.vm import (
     BOOT_TIMEOUT_S,
+    NICE,
     ROOTS,
     Bus,
     Disk,
@@ -111,7 +112,7 @@ class Libvirtd:
         """Runs the daemon; it answers when this returns."""
         config = ("-f", str(self.directory / "libvirtd.conf"))
         self._daemon = self._run(
-            *self._enter, "libvirtd", *config, "-p", str(self._sockets / "pid")
+            *NICE, *self._enter, "libvirtd", *config, "-p", str(self._sockets / "pid")
         )
         wait_for(self._answers, "libvirtd", 30)
 

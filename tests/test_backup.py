@@ -87,6 +87,7 @@ def case(make: Make, tmp_path: Path) -> Case:
     return Case(make, tmp_path)
 
 
+@pytest.mark.sampled(2)
 def test_rounds_in_a_row_leave_the_chain_as_it_was(case: Case) -> None:
     with case.guest as guest:
         guest.wait_for_acks(60)
@@ -139,6 +140,7 @@ STEPS = ["snapshot", "switch over", "copy", "consolidate", "mirror", "tidy", "pr
 TYPICAL = {("copy", "both"), ("mirror", "promoter")}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("step", "whom"),
     [

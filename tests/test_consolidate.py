@@ -58,6 +58,7 @@ def fill(image: Path, length: int) -> None:
 # --- snapshots --------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 def test_a_snapshot_freezes_every_disk_at_one_instant(make: Make, tmp_path: Path) -> None:
     first = linked_clone(base(), tmp_path / "first.qcow2")
     second = blank(tmp_path / "second.qcow2", MIB)

@@ -190,6 +190,7 @@ def test_a_promoter_that_hangs_in_a_commits_switchover_does_not_freeze_its_guest
         case.prove_boots(4)
 
 
+@pytest.mark.nightly
 def test_a_killed_promoter_leaves_no_guest_slowed(tmp_path: Path) -> None:
     layers = chain(tmp_path, 3)
     case = Case(lambda disks: VM(tmp_path, disks, writer={"rate": 0}), tmp_path, layers[-1:])

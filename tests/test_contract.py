@@ -123,6 +123,7 @@ def test_however_it_is_asked_for(case: Case, options: tuple[str, ...], tmp_path:
     assert not case.disks[0].exists()
 
 
+@pytest.mark.sampled(2)
 def test_a_base_that_only_qemu_can_read_comes_by_the_mirror(
     make: Make, tmp_path: Path, sockets: Path
 ) -> None:
@@ -216,7 +217,7 @@ def test_cancelled_it_leaves_nothing_behind(case: Case, phase: str, speed: str) 
         case.prove_unchanged(files)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("phase", ["seed", "mirror"])
 def test_paused_it_copies_nothing_until_it_is_resumed(case: Case, phase: str) -> None:
     with case.guest as guest:
@@ -255,6 +256,7 @@ def test_killed_while_paused_it_goes_on_when_resumed(case: Case) -> None:
         case.prove(resumed.result)
 
 
+@pytest.mark.sampled(2)
 def test_terminated_it_goes_on_when_resumed(case: Case) -> None:
     with case.guest as guest:
         guest.wait_for_acks(60)
@@ -268,7 +270,7 @@ def test_terminated_it_goes_on_when_resumed(case: Case) -> None:
         case.prove(resumed.result)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("step", [Do.SEED, Do.AWAIT_READY, Do.SWITCH_OVER, Do.TIDY])
 def test_killed_at_any_step_it_goes_on_when_resumed(case: Case, step: Do) -> None:
     with case.guest as guest:
@@ -280,6 +282,7 @@ def test_killed_at_any_step_it_goes_on_when_resumed(case: Case, step: Do) -> Non
         case.prove(resumed.result)
 
 
+@pytest.mark.sampled(2)
 def test_a_guest_that_dies_in_the_middle_has_its_old_disk(case: Case) -> None:
     with case.guest as guest:
         guest.wait_for_acks(60)

@@ -196,6 +196,7 @@ def test_a_promoter_that_hangs_at_a_mirrors_start_does_not_freeze_its_guest(
         case.prove(promoted=False)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("point", "code"), [("drained", 6), ("renamed", 0)])
 def test_a_promoter_that_hangs_does_not_freeze_its_guest(
     tmp_path: Path, point: str, code: int

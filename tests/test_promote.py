@@ -16,6 +16,7 @@ import pytest
 from promoter.guests.bugs import loses_writes_at_start, unmaps_wrongly
 from tests import records
 from tests.cli import Ran, ended, promoter, start
+from tests.deltas import read_until
 from tests.vm import (
     KEY,
     MIB,
@@ -64,7 +65,7 @@ def file_names(vm: VM) -> set[str]:
 UNUSUAL = [case for at, case in enumerate(product([1, 2, 5], Style)) if at % 4]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("qemu", "depth", "style"),
     [
@@ -75,6 +76,8 @@ UNUSUAL = [case for at, case in enumerate(product([1, 2, 5], Style)) if at % 4]
         ("newer", 1, Style.INLINE),
         ("newer", 2, Style.DRIVE),
         ("newer", 5, Style.NODES),
+        ("newest", 1, Style.NODES),
+        ("newest", 2, Style.DRIVE),
     ],
     indirect=["qemu"],
 )
@@ -105,7 +108,7 @@ def test_a_writing_clone_of_any_depth_becomes_a_full_clone_in_place(
     assert {layer: digest(layer) for layer in before} == before
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("image_format", ["qcow2", "raw"])
 @pytest.mark.parametrize("seed", ["auto", "convert", "none"])
 def test_a_target_elsewhere_is_a_full_clone_and_the_old_path_is_gone(
@@ -316,6 +319,7 @@ def test_disks_on_one_file_system_are_seeded_in_turn_unless_asked_for_more(
     prove_full_clone(clones[0], vm.log)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("qemu", ["newer"], indirect=True)
 @pytest.mark.parametrize("copy_mode", ["write-blocking", "background"])
 def test_a_qemu_that_loses_writes_at_a_mirrors_start_loses_none(
@@ -340,6 +344,31 @@ def test_a_qemu_that_loses_writes_at_a_mirrors_start_loses_none(
         vm.wait_for_acks(100)
         vm.shutdown()
     prove_full_clone(data, vm.log)
+
+
+@pytest.mark.parametrize("qemu", ["newest"], indirect=True)
+@pytest.mark.usefixtures("qemu")
+def test_only_a_target_that_is_still_blank_is_taken_for_zeros(
+    tmp_path: Path, untouched_base: Path
+) -> None:
+    clone = linked_clone(untouched_base, tmp_path / "clone.qcow2")
+    commands = ["-trace", "handle_qmp_command"]
+    with VM(tmp_path, [Disk(clone)], writer={"rate": 0}, extra=commands) as vm:
+        vm.wait_for_acks(60)
+        words = ("promote", vm.monitor, "--seed", "none", "--speed", "8M", "--json")
+        promoting = start(tmp_path / "state", *words)
+        read_until(promoting, '"phase": "mirror"')
+        promoting.kill()
+        promoting.wait()
+        (job,) = vm.qmp("query-jobs")
+        vm.qmp("block-job-cancel", device=job["id"], force=True)
+        resumed = promoter(tmp_path / "state", "job", "resume", "--json")
+        assert resumed.code == 0, resumed.out
+        vm.wait_for_acks(60)
+        vm.shutdown()
+    mirrors = [line for line in vm.stderr.read_text().splitlines() if "blockdev-mirror" in line]
+    assert ["target-is-zero" in line for line in mirrors] == [True, False]
+    prove_full_clone(clone, vm.log)
 
 
 @pytest.mark.parametrize("qemu", ["newer"], indirect=True)
@@ -427,7 +456,7 @@ def test_when_one_target_fails_before_the_commit_both_disks_stay(
         subprocess.run(["umount", small], check=True)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("point", ["renamed", "finalized"])
 @pytest.mark.parametrize("whom", ["promoter", "promoter and guard", "both"])
 def test_a_kill_between_the_commits_of_two_disks_leaves_both_promoted(

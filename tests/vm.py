@@ -33,6 +33,7 @@ from tests.records import Ack, read_acks
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "vm-images" / "build.py"
 QEMUS = ROOT / ".qemu"  # of ci/qemu
+NICE = ("nice", "-n", "10")  # a busy guest leaves the processor to what is tested
 MIB = 1 << 20
 SPARE_OFFSET = 176 * MIB  # of `base`: behind the partitions, 16 MiB that the guest never touches
 KEY = "secret,id=key,data=open-sesame"
@@ -333,7 +334,7 @@ class VM:
     ) -> None:
         self.directory, self.disks = directory, tuple(disks)
         self.console, self.log = directory / "console.log", directory / "acks.log"
-        self._stderr = directory / "qemu.log"
+        self.stderr = directory / "qemu.log"
         # Not in the directory: a socket's path has at most 107 bytes.
         self._sockets = Path(tempfile.mkdtemp(prefix="vm-", dir="/tmp"))
         self.monitor = self._sockets / "monitor.sock"
@@ -382,8 +383,8 @@ class VM:
         assert not self.running
         for stale in self._sockets.iterdir():
             stale.unlink()
-        with self._stderr.open("ab") as stderr:
-            command = ("setpriv", "--pdeathsig", "KILL", *self.argv)
+        with self.stderr.open("ab") as stderr:
+            command = (*NICE, "setpriv", "--pdeathsig", "KILL", *self.argv)
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr
             )
@@ -466,5 +467,5 @@ class VM:
             raise GuestDied(f"no {what}: QEMU ended\n{self._last_words()}")
 
     def _last_words(self) -> str:
-        logs = [log for log in (self._stderr, self.console) if log.exists()]
+        logs = [log for log in (self.stderr, self.console) if log.exists()]
         return "\n".join(log.read_text(errors="replace")[-2000:] for log in logs)

@@ -11,7 +11,7 @@ import typer
 
 from promoter.cli import lease, run
 from promoter.cli.output import choose
-from promoter.guests.libvirt import DEFAULT_URI
+from promoter.guests.base import DEFAULT_URI
 from promoter.operations import consolidate as consolidation
 from promoter.operations import promote as promotion
 from promoter.operations import snapshot as snapshots

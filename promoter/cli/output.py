@@ -29,7 +29,7 @@ from promoter.operations.move import DiskIntent, Kind, Way
 from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import Plan
 from promoter.storage.siblings import Siblings
-from promoter.values import adapter
+from promoter.values import from_builtins
 
 LINE_EVERY = 5.0
 NOTHING = {
@@ -388,9 +388,9 @@ def replay(event: dict[str, Any], output: Output) -> None:
             progress = Progress(done, total, elapsed, event["dirtied"], event["limit"])
             output.progress(event["id"], event["disk"], event["phase"], progress)
         case "result" if event["operation"] == KIND:
-            output.backups(event, adapter(list[Copied]).validate_python(event.pop("disks")))
+            output.backups(event, from_builtins(list[Copied], event.pop("disks")))
         case "result":
-            output.result(event, adapter(list[DiskReport]).validate_python(event.pop("disks")))
+            output.result(event, from_builtins(list[DiskReport], event.pop("disks")))
         case "error":
             raise from_fields(event)
 

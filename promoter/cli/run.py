@@ -19,9 +19,8 @@ import typer
 from promoter.blockjob import Progress
 from promoter.cli.output import JsonOutput, Output, replay
 from promoter.errors import Cancelled, Interrupted, PromoterError, Refused
+from promoter.guests import connect as guests
 from promoter.guests.base import Guest, GuestView
-from promoter.guests.libvirt import LibvirtGuest
-from promoter.guests.qmp import QmpGuest
 from promoter.operations import backup, control
 from promoter.operations.backup import Backup, BackupOperation
 from promoter.operations.journal import Entry, Journal, OperationStatus, new_id
@@ -73,15 +72,15 @@ async def look(name: str, uri: str, scan: Collection[Path]) -> tuple[GuestView, 
 async def connect(name: str, uri: str) -> Guest:
     """The running guest that ``name`` means: a domain of ``uri``, or the path of a socket."""
     if "/" in name:
-        return await QmpGuest.connect(Path(name).absolute())
-    return await LibvirtGuest.connect(name, uri)
+        return await guests.plain(Path(name).absolute())
+    return await guests.domain(name, uri)
 
 
 async def connect_again(intent: Move | Backup) -> Guest:
     """The guest of an operation; a domain also when it does not run any more."""
     if domain := intent.domain:
-        return await LibvirtGuest.connect(domain.uuid, domain.uri, running=False)
-    return await QmpGuest.connect(Path(intent.guest))
+        return await guests.domain(domain.uuid, domain.uri, running=False)
+    return await guests.plain(Path(intent.guest))
 
 
 async def perform(

@@ -17,6 +17,7 @@ from promoter.chain import Disk, DiskOptions
 from promoter.errors import JobFailed, Unreachable
 
 SHUTOFF = "shutoff"
+DEFAULT_URI = "qemu:///system"
 
 
 class ConnectionLost(Unreachable):

@@ -30,6 +30,7 @@ from promoter.chain import Disk, LibvirtDisk
 from promoter.errors import Refused, Unreachable
 from promoter.guests import view
 from promoter.guests.base import (
+    DEFAULT_URI,
     SHUTOFF,
     CommandFailed,
     CommitSpec,
@@ -43,7 +44,6 @@ from promoter.guests.base import (
     Start,
 )
 
-DEFAULT_URI = "qemu:///system"
 DEFINITION = libvirt.VIR_DOMAIN_XML_INACTIVE
 SLOWEST = 1  # byte a second; 0 is no limit
 KEEPALIVE, KEEPALIVES = 5, 3  # seconds between them, and how many may stay unanswered

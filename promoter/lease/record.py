@@ -28,10 +28,9 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Annotated, Any, NoReturn, TypeVar
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from promoter.errors import Refused
-from promoter.values import adapter
 
 VERSION = 1
 LARGEST = 64 * 1024
@@ -243,10 +242,20 @@ Sealed = TypeVar("Sealed", LeaseRecord, Request, Answer)
 KINDS: Mapping[type, str] = {LeaseRecord: "lease", Request: "request", Answer: "answer"}
 
 
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {}
+
+
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    """What reads and writes such values; making it takes longer than many a command."""
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
+
+
 def encode(value: LeaseRecord | Request | Answer) -> bytes:
     """The value as JSON, with format, version and checksum."""
     kind = type(value)
-    fields = adapter(kind).dump_python(value, mode="json")
+    fields = _adapter(kind).dump_python(value, mode="json")
     body = {"format": f"promoter-{KINDS[kind]}", "version": VERSION, **fields}
     data = _canonical({**body, "sha256": _checksum(body)}, indent=1) + b"\n"
     if len(data) > LARGEST:
@@ -267,7 +276,7 @@ def parse(kind: type[Sealed], data: bytes, where: str) -> Sealed:
         _bad(where, "its checksum is wrong: torn or changed")
     del body["format"], body["version"]
     try:
-        value: Sealed = adapter(kind).validate_json(_canonical(body), strict=True)
+        value: Sealed = _adapter(kind).validate_json(_canonical(body), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         _bad(where, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")

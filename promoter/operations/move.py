@@ -226,9 +226,9 @@ class Move:
     limits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
-    def address(self) -> DomainAddress | Path:
-        """Where the guest is found again."""
-        return self.domain or Path(self.guest)
+    def address(self) -> DomainAddress | str:
+        """Where the guest is found again: its domain, or the path of its monitor."""
+        return self.domain or self.guest
 
     def with_disk(self, index: int, disk: DiskIntent) -> Move:
         return replace(self, disks=(*self.disks[:index], disk, *self.disks[index + 1 :]))

@@ -564,7 +564,12 @@ class MoveOperation:
             running = view.status == "running"
             self._save(replace(self.intent, stopped=running))
             if self.intent.domain:
-                pause = await self._while_suspended(Work(self.intent.domain, running, start=spec))
+                work = Work(self.intent.domain, running)
+                if isinstance(spec, MirrorSpec):
+                    work = replace(work, mirror=spec)
+                else:
+                    work = replace(work, commit=spec)
+                pause = await self._while_suspended(work)
             else:
                 pause = await start_standing(self._plain, spec, running=running)
             self._report(disk).start_pause_s = pause

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from promoter.errors import JobFailed, Unreachable
+from promoter.guests import connect
 from promoter.guests.base import (
     CommandFailed,
     CommitSpec,
@@ -43,8 +44,6 @@ from promoter.guests.base import (
     PlainGuest,
     SnapshotSpec,
 )
-from promoter.guests.libvirt import LibvirtGuest
-from promoter.guests.qmp import QmpGuest
 from promoter.operations.move import DomainAddress
 from promoter.operations.start import scanned, start
 from promoter.operations.switchover import TooSlow, settle
@@ -60,14 +59,16 @@ LONGEST_ABSENCE = 60.0
 
 @dataclass(frozen=True)
 class Work:
-    """What to do in a guest: a mirror or commit to start, the disks to pivot, by name, or
-    snapshots, with the names that a plain guest's next boot goes by. ``running``: suspend the
-    guest for it; ``settle``: for as many seconds at most while the copies catch up.
+    """What to do in a guest, a domain or one behind a monitor's path: a mirror or commit to start,
+    the disks to pivot, by name, or snapshots, with the names that a plain guest's next boot goes
+    by. ``running``: suspend the guest for it; ``settle``: for as many seconds at most while the
+    copies catch up.
     """
 
-    guest: DomainAddress | Path
+    guest: DomainAddress | str
     running: bool
-    start: MirrorSpec | CommitSpec | None = None
+    mirror: MirrorSpec | None = None
+    commit: CommitSpec | None = None
     pivot: dict[str, DefinedDisk] = field(default_factory=dict)
     settle: float | None = None
     snapshots: tuple[SnapshotSpec, ...] = ()
@@ -242,8 +243,8 @@ async def _work(guest: Guest, work: Work) -> Done:
     if work.running:
         await guest.stop()
     try:
-        if work.start:
-            await start(guest, work.start)
+        if begun := work.mirror or work.commit:
+            await start(guest, begun)
         if work.settle is not None:
             await settle(guest, work.pivot, work.settle)
         if isinstance(guest, Domain):
@@ -273,10 +274,10 @@ async def _run(work: Work) -> Done:
         await guest.close()
 
 
-async def _connect(address: DomainAddress | Path) -> Guest:
-    if isinstance(address, Path):
-        return await QmpGuest.connect(address)
-    return await LibvirtGuest.connect(address.uuid, address.uri)
+async def _connect(address: DomainAddress | str) -> Guest:
+    if isinstance(address, str):
+        return await connect.plain(Path(address))
+    return await connect.domain(address.uuid, address.uri)
 
 
 async def _come_back(address: DomainAddress) -> Guest:
