@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,7 @@ def prove_writes(guest: VM | Domain) -> None:
     agent.run(guest, "date > /written && sync")
 
 
+@NIGHTLY_LIBVIRT
 def test_a_quiesced_snapshot_has_a_clean_file_system(make_case: MakeCase, tmp_path: Path) -> None:
     case = make_case(0)
     with case.guest as guest:
@@ -151,8 +153,16 @@ def test_a_freeze_that_takes_too_long_is_given_up_and_thawed(make_case: MakeCase
         case.prove_unchanged(chain, files)
 
 
+KILLS = {("qemu", "promoter itself"), ("libvirt", "promoter")}
+
+
 @pytest.mark.parametrize(
-    "whom", ["promoter", "promoter itself", pytest.param("itself", marks=pytest.mark.nightly)]
+    ("make_case", "whom"),
+    [
+        pytest.param(*kill, marks=() if kill in KILLS else pytest.mark.nightly)
+        for kill in product(["qemu", "libvirt"], ["promoter", "itself", "promoter itself"])
+    ],
+    indirect=["make_case"],
 )
 def test_whoever_is_killed_between_freeze_and_thaw_the_guest_does_not_stay_frozen(
     make_case: MakeCase, whom: str
@@ -174,4 +184,22 @@ def test_whoever_is_killed_between_freeze_and_thaw_the_guest_does_not_stay_froze
         if taken:
             assert is_clean(case.chain()[1])
         case.prove_at_rest()
-    records.check(case.active, None, guest.log).raise_if_bad()
+        active = guest.next_boot()[0] if isinstance(guest, Domain) else case.active
+    records.check(Path(active), None, guest.log).raise_if_bad()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("make_case", ["libvirt"], indirect=True)
+def test_libvirtd_killed_between_freeze_and_thaw_the_guest_is_thawed_when_it_is_back(
+    make_case: MakeCase, libvirtd: Libvirtd
+) -> None:
+    case = make_case(0)
+    with case.guest as guest:
+        started(guest)
+        snapshot = case.strike("frozen", "libvirtd", libvirtd.pid, "snapshot", "--quiesce")
+        libvirtd.restart()
+        ran = ended(snapshot)
+        assert ran.code == 0, ran
+        prove_writes(guest)
+        assert is_clean(case.chain()[1])
+        case.prove_at_rest()
