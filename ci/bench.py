@@ -1,4 +1,4 @@
-"""How long promote takes by each seed and by the base's size, and how long I/O stands still.
+"""How long promote and consolidate take, and how long the guest stands still for them.
 
 Everything is compared within one run on one guest that writes all the while. What is compared
 takes turns, so that a machine whose speed drifts is as unfair to one as to another.
@@ -9,14 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,17 @@ PEERS = {
         *("promoter", "promote", "--target", "{target}"),
         *("--quiet", "--state-dir", "{state}"),
     ],
+}
+UNION = 128 * MIB
+DEPTHS = (2, 5, 20)
+CONSOLIDATIONS = 7
+LONGEST_COMMIT = 300.0
+COMMITS = {
+    "virsh blockcommit": [
+        *("virsh", "blockcommit", "--base", "{base}"),
+        *("--active", "--wait", "--pivot"),
+    ],
+    "promoter consolidate": ["promoter", "consolidate", "--json", "--state-dir", "{state}"],
 }
 
 
@@ -186,6 +200,143 @@ def domain_seconds(directory: Path, domain: Domain, case: Case, tool: str) -> fl
     return took
 
 
+@dataclass(frozen=True)
+class Merged:
+    """One merge: its time from the command's start to its end, and for how long no record of the
+    guest's was acknowledged meanwhile, in seconds. promoter also tells for how long the guest was
+    suspended, and how many bytes were copied.
+    """
+
+    took: float
+    silence: float
+    pause: float | None = None
+    copied: int | None = None
+
+
+def consolidate(directory: Path) -> None:
+    """``virsh blockcommit`` and promoter in turns, on the disk that a libvirt domain writes to.
+
+    Every delta but the active one holds all of the same data, which the guest does not touch.
+    """
+    libvirt.registerErrorHandler(lambda *_: None, None)  # it prints what it raises too
+    with Libvirtd(directory) as libvirtd:
+        for depth in DEPTHS:
+            found: dict[str, list[Merged | None]] = {tool: [] for tool in COMMITS}
+            layers = deltas(directory / f"{depth}-deltas", depth)
+            for number in range(CONSOLIDATIONS):
+                tools = list(COMMITS)[:: -1 if number % 2 else 1]
+                for tool in tools:
+                    merged = merge(directory / "turn", libvirtd, layers, tool)
+                    found[tool].append(merged)
+                    print(f"round {number + 1}, {depth} deltas, {tool}: {merged}", file=sys.stderr)
+            show_merges(depth, found)
+
+
+def deltas(directory: Path, depth: int) -> list[Path]:
+    """The layer to merge into, which is empty, and the deltas above it; by names in `turn`."""
+    turn = directory.parent / "turn"
+    turn.mkdir()
+    directory.mkdir()
+    layers = [linked_clone(base(), turn / "target.qcow2")]
+    size = 256 * MIB + UNION  # behind the guest's partitions
+    subprocess.run(["qemu-img", "resize", "-q", str(layers[0]), str(size)], check=True)
+    for number in range(1, depth):
+        layers.append(linked_clone(layers[-1], turn / f"delta{number}.qcow2"))
+        write = f"write -q -P {number} {256 * MIB} {UNION}"
+        subprocess.run(["qemu-io", "-t", "none", "-c", write, str(layers[-1])], check=True)
+    for layer in layers:
+        layer.rename(directory / layer.name)
+    turn.rmdir()
+    return [directory / layer.name for layer in layers]
+
+
+def merge(turn: Path, libvirtd: Libvirtd, layers: Sequence[Path], tool: str) -> Merged | None:
+    """One merge, of deltas that all turns have, into a layer of its own; None: it did not end."""
+    turn.mkdir()
+    target = Path(shutil.copy(layers[0], turn))
+    for layer in layers[1:]:
+        (turn / layer.name).hardlink_to(layer)
+    active = linked_clone(turn / layers[-1].name, turn / "active.qcow2")
+    with Domain(libvirtd, turn, [Disk(active)]) as domain:
+        domain.wait_for_acks(100)
+        os.sync()  # or it waits for what was written here
+        found = timed(domain, [w.format(base=target, state=turn / "state") for w in COMMITS[tool]])
+        if found:
+            assert domain.files() == domain.next_boot() == [str(target)]
+            domain.wait_for_acks(20)
+            domain.kill()
+            records.check(target, "qcow2", domain.log).raise_if_bad()
+    shutil.rmtree(turn)
+    return found
+
+
+def timed(domain: Domain, words: Sequence[str]) -> Merged | None:
+    environment = {**os.environ, "LIBVIRT_DEFAULT_URI": domain.libvirtd.uri}
+    with watched(domain.log) as silence:
+        began = time.monotonic()
+        try:
+            said = subprocess.run(
+                [*words[:2], domain.name, "vda", *words[2:]],
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environment,
+                timeout=LONGEST_COMMIT,
+            ).stdout
+        except subprocess.TimeoutExpired:
+            return None
+        took = time.monotonic() - began
+    if words[0] != "promoter":
+        return Merged(took, max(silence))
+    (disk,) = json.loads(said.splitlines()[-1])["disks"]
+    return Merged(took, max(silence), disk["switchover_s"], disk["mirrored_bytes"])
+
+
+@contextmanager
+def watched(log: Path) -> Iterator[list[float]]:
+    """For how many seconds a file did not grow, each time that it grew."""
+    silences: list[float] = []
+    ended = threading.Event()
+
+    def watch() -> None:
+        size, since = log.stat().st_size, time.monotonic()
+        while not ended.wait(0.002):
+            if (now := log.stat().st_size) != size:
+                silences.append(time.monotonic() - since)
+                size, since = now, time.monotonic()
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        yield silences
+    finally:
+        ended.set()
+        watching.join()
+
+
+def show_merges(depth: int, found: dict[str, list[Merged | None]]) -> None:
+    print(f"| {depth} deltas | ended | median, s (least, most) | against virsh", end="")
+    print(" | no record for, ms: median (most) | suspended, ms | copied, MiB |")
+    print("|---|---|---|---|---|---|---|")
+    first = None
+    for tool, all_runs in found.items():
+        runs = [run for run in all_runs if run]
+        ended = f"{len(runs)} of {len(all_runs)}"
+        if not runs:
+            print(f"| {tool} | {ended} | | | | | |", flush=True)
+            continue
+        took, silence = [run.took for run in runs], [run.silence * 1000 for run in runs]
+        median = statistics.median(took)
+        first = first or median
+        figures = f"{median:.2f} ({min(took):.2f}, {max(took):.2f}) | {median / first:.2f}"
+        figures += f" | {statistics.median(silence):.0f} ({max(silence):.0f})"
+        pauses = [run.pause * 1000 for run in runs if run.pause is not None]
+        copied = [run.copied / MIB for run in runs if run.copied is not None]
+        figures += f" | {statistics.median(pauses):.0f} ({max(pauses):.0f})" if pauses else " |"
+        figures += f" | {statistics.median(copied):.0f} ({max(copied):.0f})" if copied else " |"
+        print(f"| {tool} | {ended} | {figures} |", flush=True)
+
+
 def pauses(directory: Path) -> None:
     """One guest, made a linked clone again by a snapshot after every promotion."""
     system = linked_clone(base(), directory / "paused.qcow2")
@@ -222,6 +373,7 @@ TABLES = {
     "chains": lambda directory: on_xfs(directory, CHAINS),
     "pauses": pauses,
     "domains": domains,
+    "consolidate": consolidate,
 }
 
 

@@ -20,6 +20,7 @@ from xml.etree.ElementTree import Element
 import libvirt
 
 from tests.vm import (
+    AGENT,
     BOOT_TIMEOUT_S,
     NICE,
     ROOTS,
@@ -164,10 +165,13 @@ class Domain:
         emulator: Path | None = None,
         pool: str = "",
         spelled_out: bool = False,
+        agent: int | None = None,
     ) -> None:
         """In the definition the disks are volumes of the `pool`, or all of their chain is
-        `spelled_out`.
+        `spelled_out`.  With `agent` there is a guest agent, whose freeze takes so many seconds
+        longer.
         """
+        self._agent = agent
         self._emulator = f"<emulator>{emulator}</emulator>" if emulator else ""
         self.libvirtd, self.disks = libvirtd, tuple(disks)
         self._pool, self._spelled_out = pool, spelled_out
@@ -286,6 +290,11 @@ class Domain:
         runs_in = "<driver iothread='1'/>" if iothreads else ""
         host = f"<controller type='scsi' model='virtio-scsi'>{runs_in}</controller>" * scsi
         line = f"console=ttyS0 quiet panic=-1 no_timer_check root={ROOTS[self.disks[0].bus]}"
+        channel = f"<channel type='unix'><target type='virtio' name='{AGENT}'/></channel>"
+        if self._agent is None:
+            channel = ""
+        else:
+            line += f" writer.agent={self._agent}"
         kind = "qemu" if accelerator() == "tcg" else "kvm"
         return f"""
 <domain type="{kind}">
@@ -302,6 +311,7 @@ class Domain:
     {host}{disks}
     <serial type="file"><source path="{self.console}" append="on"/><target port="0"/></serial>
     <serial type="file"><source path="{self.log}" append="on"/><target port="1"/></serial>
+    {channel}
     <memballoon model="none"/>
   </devices>
 </domain>"""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import suppress
+from typing import Any
 
 from promoter.guests.libvirt import LibvirtGuest
 from promoter.guests.qmp import QmpGuest
@@ -15,7 +16,8 @@ from promoter.operations import suspended
 from promoter.storage.names import Names
 from tests.struck import striking
 
-POINTS = {  # after which function of which class; a snapshot's where the guest is of either kind
+POINTS: dict[str, tuple[Any, str]] = {  # after which function of which class or module
+    "frozen": (suspended, "freeze"),
     "suspended": (LibvirtGuest, "stop"),
     "pivoted": (LibvirtGuest, "pivot"),
     "defined": (LibvirtGuest, "define"),

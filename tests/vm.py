@@ -36,6 +36,7 @@ QEMUS = ROOT / ".qemu"  # of ci/qemu
 NICE = ("nice", "-n", "10")  # a busy guest leaves the processor to what is tested
 MIB = 1 << 20
 SPARE_OFFSET = 176 * MIB  # of `base`: behind the partitions, 16 MiB that the guest never touches
+AGENT = "org.qemu.guest_agent.0"  # the name of its channel
 KEY = "secret,id=key,data=open-sesame"
 BOOT_TIMEOUT_S = 60.0
 TRIAL_TIMEOUT_S = 20.0
@@ -285,6 +286,12 @@ def boot_arguments(bus: Bus, writer: dict[str, object]) -> list[str]:
     return ["-kernel", str(kernel), "-initrd", str(images() / "initrd"), "-append", line]
 
 
+def channel_arguments(path: Path) -> list[str]:
+    chardev = f"socket,id=agent,path={path},server=on,wait=off"
+    port = f"virtserialport,chardev=agent,name={AGENT}"
+    return ["-device", "virtio-serial-pci", "-chardev", chardev, "-device", port]
+
+
 # --- the machine ---------------------------------------------------------------------------
 
 
@@ -319,8 +326,9 @@ class VM:
     In a `with` block it runs from the beginning; leaving the block kills it.  `writer` are
     the writer's parameters: seed, lanes, rate (records per second and lane, 0 without
     limit), dev (in the guest, default the second partition of the first disk), trim (discard
-    what the root file system does not use, every second).
-    `monitor` is the socket that is promoter's; `qmp` uses another one.
+    what the root file system does not use, every second), agent (start the guest agent, whose
+    freeze takes so many seconds longer).  With `channel` it has one for that.
+    `monitor` is the socket that is promoter's, `agent` the channel's; `qmp` uses another one.
     """
 
     def __init__(
@@ -331,13 +339,14 @@ class VM:
         writer: dict[str, object] | None = None,
         extra: Sequence[str] = (),
         accel: str | None = None,
+        channel: bool = False,
     ) -> None:
         self.directory, self.disks = directory, tuple(disks)
         self.console, self.log = directory / "console.log", directory / "acks.log"
         self.stderr = directory / "qemu.log"
         # Not in the directory: a socket's path has at most 107 bytes.
         self._sockets = Path(tempfile.mkdtemp(prefix="vm-", dir="/tmp"))
-        self.monitor = self._sockets / "monitor.sock"
+        self.monitor, self.agent = self._sockets / "monitor.sock", self._sockets / "agent.sock"
         self._process: subprocess.Popen[bytes] | None = None
         self._other: Monitor | None = None
         self.argv: tuple[str, ...] = (
@@ -348,6 +357,7 @@ class VM:
             "-qmp", f"unix:{self._sockets}/other.sock,server=on,wait=off",
             *self._serial("console", self.console), *self._serial("acks", self.log),
             *boot_arguments(disks[0].bus, writer or {}), *extra,
+            *(channel_arguments(self.agent) if channel else []),
         )  # fmt: skip
         for index, disk in enumerate(disks):
             self.argv += (*blockdev_arguments(disk, index), *device_arguments(disk, index))

@@ -43,6 +43,8 @@ MODULES = [
     *("crc32c_generic", "ext4", "button", "evdev"),
 ]
 FILLER = "kernel/fs"  # modules that nobody loads: data for a base to have
+AGENT_PACKAGE = "qemu-guest-agent"
+AGENT, AGENT_MODULE = "usr/sbin/qemu-ga", "virtio_console.ko"
 
 CIRROS = "https://download.cirros-cloud.net/0.6.3/cirros-0.6.3-x86_64-disk.img"
 CIRROS_SHA256 = "7d6355852aeb6dbcd191bcda7cd74f1536cfe5cbf8a10495a7283a8396e4b75b"
@@ -104,10 +106,14 @@ def unpack_kernel(work: Path) -> Path:
     found = re.findall(r"Depends: (linux-image-\S+)", run("apt-cache", "depends", KERNEL_PACKAGE))
     if not found:
         raise BuildError(f"apt knows no {KERNEL_PACKAGE}: run apt-get update")
-    run("apt-get", "download", "-o", "APT::Sandbox::User=root", found[0], cwd=work)
-    (package,) = work.glob("linux-image-*.deb")
-    run("dpkg-deb", "-x", package, work / "kernel")
-    return work / "kernel"
+    return unpack(found[0], work, work / "kernel")
+
+
+def unpack(package: str, work: Path, target: Path) -> Path:
+    run("apt-get", "download", "-o", "APT::Sandbox::User=root", package, cwd=work)
+    (file,) = work.glob(f"{package}_*.deb")
+    run("dpkg-deb", "-x", file, target)
+    return target
 
 
 def without_compression(vmlinuz: Path) -> bytes:
@@ -141,8 +147,20 @@ def make_initrd(kernel: Path, tree: Path, target: Path) -> None:
     run("busybox", "cpio", "-o", "-H", "newc", "-F", target, cwd=tree, stdin=names)
 
 
-def make_root(kernel: Path, tree: Path) -> None:
-    for name in ("dev", "proc", "sys", "bin", "sbin", "var/log", "var/run"):
+def install_agent(kernel: Path, work: Path, tree: Path) -> None:
+    """The guest agent, with its channel's module and this machine's libraries."""
+    install(tree / AGENT, unpack(AGENT_PACKAGE, work, work / "agent") / AGENT)
+    needs = run("ldd", tree / AGENT)
+    if missing := re.findall(r"(\S+) => not found", needs):
+        raise BuildError(f"{AGENT_PACKAGE} needs {', '.join(missing)}, which is not here")
+    for library in re.findall(r"(/\S+) \(0x", needs):
+        install(tree / library[1:], Path(library))
+    (module,) = kernel.rglob(AGENT_MODULE)
+    install(tree / "lib/modules" / AGENT_MODULE, module)
+
+
+def make_root(kernel: Path, work: Path, tree: Path) -> None:
+    for name in ("dev", "proc", "sys", "run", "bin", "sbin", "var/log", "var/run"):
         (tree / name).mkdir(parents=True)
     install_busybox(tree / "bin")
     install(tree / "init", HERE / "init")
@@ -150,6 +168,7 @@ def make_root(kernel: Path, tree: Path) -> None:
     compile_writer(tree / "sbin/writer")
     (modules,) = kernel.glob("lib/modules/*")
     shutil.copytree(modules / FILLER, tree / "lib/modules" / modules.name / FILLER)
+    install_agent(kernel, work, tree)
 
 
 def make_disk(root: Path, work: Path, target: Path) -> None:
@@ -174,7 +193,7 @@ def build_small(work: Path, out: Path) -> None:
     (vmlinuz,) = kernel.glob("boot/vmlinuz-*")
     (out / "vmlinux").write_bytes(without_compression(vmlinuz))
     make_initrd(kernel, work / "initramfs", out / "initrd")
-    make_root(kernel, work / "root")
+    make_root(kernel, work, work / "root")
     make_disk(work / "root", work, out / "base.qcow2")
 
 

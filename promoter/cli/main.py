@@ -136,6 +136,10 @@ OldFiles = Annotated[
 MaxPause = Annotated[
     str, typer.Option(metavar="DURATION", help="The guest stands still this long at most.")
 ]
+Quiesce = Annotated[
+    bool,
+    typer.Option("--quiesce", help="Have the guest agent freeze the file systems for it."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan only.")]
 Identity = Annotated[str, typer.Argument(metavar="ID", help="An operation's id.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
@@ -319,13 +323,14 @@ def snapshot(
     state: State,
     disks: Disks = None,
     connect: Connect = DEFAULT_URI,
+    quiesce: Quiesce = False,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Freeze the guest's disks at one instant; it goes on in overlays above them."""
-    choices = Choices(disks=tuple(disks or ()))
+    choices = Choices(disks=tuple(disks or ()), quiesce=quiesce)
     output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
     work = run.perform(snapshots.plan, guest, connect, choices, state, output, dry_run=dry_run)
     run.finish(work, output)
@@ -345,6 +350,7 @@ def backup(
     keep: Annotated[
         int | None, typer.Option(min=1, help="Remove all but the newest so many of each disk.")
     ] = None,
+    quiesce: Quiesce = False,
     scan: Scan = None,
     speed: Speed = "0",
     max_pause: MaxPause = "500ms",
@@ -358,6 +364,7 @@ def backup(
         speed=parse_speed(speed),
         scan=tuple(scan or ()),
         max_pause=parse_duration(max_pause),
+        quiesce=quiesce,
     )
     output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
     work = run.back_up(guest, connect, choices, directory, since, keep, state, output)

@@ -230,6 +230,7 @@ class PlainOutput:
                 ("lies on", escape(str(each.since or "nothing"))),
                 ("took", human_seconds(each.duration_s)),
                 ("stood still for the snapshot", human_seconds(each.snapshot_s)),
+                *_frozen(each.frozen_s),
                 ("stood still for the merge", human_seconds(each.switchover_s)),
                 ("verified", "yes"),
             ]
@@ -261,6 +262,7 @@ class PlainOutput:
             rows.append(("stopped for the mirror's start", pause))
         if report.switchover_s is not None:
             rows.append(("guest's I/O stood still", human_seconds(report.switchover_s)))
+        rows += _frozen(report.frozen_s)
         if report.way is Way.MIRROR:
             rows.append(("verified", "yes" if report.verified else "no"))
         if report.way is Way.SNAPSHOT:
@@ -319,6 +321,11 @@ def _console(*, quiet: bool = False, stderr: bool = False) -> Console:
     if not console.is_terminal:
         console.width = LOG_WIDTH
     return console
+
+
+def _frozen(seconds: float | None) -> list[tuple[str, str]]:
+    """The row that says for how long the guest's file systems were frozen, if they were."""
+    return [] if seconds is None else [("file systems frozen", human_seconds(seconds))]
 
 
 def describe(progress: Progress) -> str:

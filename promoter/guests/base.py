@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from promoter.blockjob import BlockJob, JobStatus
 from promoter.chain import Disk, DiskOptions
@@ -29,7 +29,11 @@ class NoGuest(Unreachable):
 
 
 class CommandFailed(JobFailed):
-    """The hypervisor refused a command and changed nothing."""
+    """The hypervisor, or the guest agent, refused a command and changed nothing."""
+
+
+class AgentSilent(JobFailed):
+    """The guest agent did not answer in time; whether it does what it was asked is unknown."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,13 @@ class Guest(Protocol):
 
     async def snapshot(self, specs: Sequence[SnapshotSpec]) -> None:
         """Put overlays above disks, all at one instant. Repeatable while the guest is stopped."""
+
+    async def ask_agent(self, command: str, within: float) -> Any:
+        """Have the guest agent execute a command without arguments; its answer.
+
+        Raises `AgentSilent` when there is none ``within`` seconds, `CommandFailed` when it refuses
+        or when the guest has no channel for one.
+        """
 
     async def set_speed(self, job: str, speed: int) -> None:
         """Limit a block job to ``speed`` bytes per second, 0 for no limit."""

@@ -2,8 +2,10 @@
 
 libvirt's calls block, so each runs in a thread, and another one waits for its events: its
 adapter for asyncio is no good among threads. What libvirt does not report, such as QEMU's block
-graph, is read by pass-through; nothing is ever changed that way.
-Source: libvirt's ``virConnect*`` and ``virDomain*``, ``virDomainQemuMonitorCommand``, and the
+graph, is read by pass-through; nothing is ever changed that way. The guest agent is spoken to
+by pass-through too, since libvirt's own calls to freeze and thaw have no bound.
+Source: libvirt's ``virConnect*`` and ``virDomain*``, ``virDomainQemuMonitorCommand``,
+``virDomainQemuAgentCommand``, and the
 domain XML's ``<disk>`` with its ``<source>``, ``<backingStore>`` and ``<alias>``.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -32,6 +35,7 @@ from promoter.guests import view
 from promoter.guests.base import (
     DEFAULT_URI,
     SHUTOFF,
+    AgentSilent,
     CommandFailed,
     CommitSpec,
     ConnectionLost,
@@ -207,6 +211,19 @@ class LibvirtGuest:
         flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
         text = ElementTree.tostring(snapshot, "unicode")
         await self._call(self._domain.snapshotCreateXML, text, flags)
+
+    async def ask_agent(self, command: str, within: float) -> Any:
+        asked = json.dumps({"execute": command})
+        arguments = (self._domain, asked, math.ceil(within), 0)
+        try:
+            answer = json.loads(await self._call(libvirt_qemu.qemuAgentCommand, *arguments))
+        except CommandFailed as error:
+            cause = error.__cause__
+            assert isinstance(cause, libvirt.libvirtError)
+            if cause.get_error_code() == libvirt.VIR_ERR_AGENT_UNRESPONSIVE:
+                raise AgentSilent(error.message) from error
+            raise
+        return answer["return"]
 
     async def _copy(self, spec: MirrorSpec) -> None:
         disk = Element("disk", type="file")

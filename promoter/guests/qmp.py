@@ -34,6 +34,7 @@ from promoter.blockjob import PAUSED, BlockJob, JobStatus
 from promoter.chain import Disk, DiskOptions
 from promoter.errors import NoSpace, Unreachable
 from promoter.guests import view
+from promoter.guests.agent import Agent
 from promoter.guests.base import (
     CommandFailed,
     CommitSpec,
@@ -57,6 +58,7 @@ class QmpGuest:
         self._monitor = monitor
         self._client = client
         self._pid = _peer_pid(monitor)
+        self._agent: Agent | None = None
         self._times: dict[tuple[str, JobStatus], float] = {}
         self._changed = asyncio.Event()
         self._listener = EventListener(names=["JOB_STATUS_CHANGE"])
@@ -230,6 +232,13 @@ class QmpGuest:
                 if node:
                     await self.drop(node)
 
+    async def ask_agent(self, command: str, within: float) -> Any:
+        """As `Guest.ask_agent`; the agent's channel is ours from then on until `close`."""
+        if self._agent is None:
+            cwd = Path(f"/proc/{self._pid}/cwd")
+            self._agent = await Agent.connect(self.name, self._execute, cwd)
+        return await self._agent.ask(command, within)
+
     async def _mirror(self, spec: MirrorSpec) -> None:
         more: dict[str, object] = {}
         if spec.replaces != spec.source:
@@ -325,6 +334,8 @@ class QmpGuest:
     async def close(self) -> None:
         """Give the monitor back. Safe to call when the connection is already lost."""
         self._events.cancel()
+        if self._agent:
+            self._agent.close()
         with suppress(EOFError, OSError, QMPError):  # its own end is no news to who closes it
             await self._client.disconnect()
         self._monitor.close()

@@ -22,10 +22,10 @@ from pathlib import Path
 from promoter.blockjob import Progress
 from promoter.chain import Image
 from promoter.errors import (
+    BY_EXIT_CODE,
     Cancelled,
     Different,
     Interrupted,
-    NoSpace,
     PromoterError,
     Refused,
 )
@@ -144,6 +144,7 @@ class Copied:
     allocated_bytes: int
     duration_s: float
     snapshot_s: float | None
+    frozen_s: float | None
     switchover_s: float | None
     mirrored_bytes: int | None
     verified: bool = True
@@ -464,6 +465,7 @@ class BackupOperation:
             allocated_bytes=disk.file.stat().st_blocks * 512,
             duration_s=time.monotonic() - self._began,
             snapshot_s=frozen.switchover_s if frozen else None,
+            frozen_s=frozen.frozen_s if frozen else None,
             switchover_s=merged.switchover_s if merged else None,
             mirrored_bytes=merged.mirrored_bytes if merged else None,
         )
@@ -480,5 +482,4 @@ async def _plan_merge(guest: Guest, identity: str, choices: Choices) -> Plan:
 
 
 def _error(intent: Backup) -> PromoterError:
-    kinds = {kind.exit_code: kind for kind in (Refused, NoSpace, Cancelled, Different)}
-    return kinds.get(intent.exit_code, PromoterError)(intent.failure, intent.hint)
+    return BY_EXIT_CODE.get(intent.exit_code, PromoterError)(intent.failure, intent.hint)

@@ -83,6 +83,7 @@ class Choices:
 
     ``speed`` is in bytes per second, 0 for no limit; ``cluster_size`` in bytes;
     ``parallel`` is the most disks to seed at once. ``adopt``: a copy that somebody else started.
+    ``quiesce``: a snapshot of frozen file systems.
     ``top`` and ``base`` name the layers of a commit, one for each disk; ``max_pause`` is how long
     the guest may stand still for one, in seconds; ``scan`` are directories in which to look for
     who else reads its target.
@@ -107,6 +108,7 @@ class Choices:
     scan: tuple[Path, ...] = ()
     old: Old = Old.ASIDE
     adopt: bool = False
+    quiesce: bool = False
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,7 @@ class Move:
 
     ``stopped``: the guest's CPUs are stopped, by us; so we are to continue them. ``domain`` is
     None for plain QEMU. ``limits`` are the I/O limits, by disk, of those whose writes we slow.
+    ``frozen`` is the process of the QEMU whose guest's file systems may be frozen, by us.
     """
 
     id: str
@@ -223,6 +226,7 @@ class Move:
     stopped: bool = False
     domain: DomainAddress | None = None
     kind: Kind = Kind.PROMOTE
+    frozen: int | None = None
     limits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property

@@ -66,6 +66,7 @@ from promoter.operations.observation import has_made, observe
 from promoter.operations.outcome import DiskReport, error_of, job_failure
 from promoter.operations.preflight import check_start
 from promoter.operations.promote import plan_disk
+from promoter.operations.quiesce import NotQuiesced
 from promoter.operations.slowing import Slowing
 from promoter.operations.specs import (
     backing_of,
@@ -76,7 +77,7 @@ from promoter.operations.specs import (
     target_node,
 )
 from promoter.operations.start import start_standing
-from promoter.operations.suspended import LONGEST_ABSENCE, Work, Worker, define, go_on
+from promoter.operations.suspended import LONGEST_ABSENCE, Done, Work, Worker, define, go_on
 from promoter.operations.switchover import (
     TooSlow,
     commit_all,
@@ -569,7 +570,7 @@ class MoveOperation:
                     work = replace(work, mirror=spec)
                 else:
                     work = replace(work, commit=spec)
-                pause = await self._while_suspended(work)
+                pause = (await self._while_suspended(work)).pause
             else:
                 pause = await start_standing(self._plain, spec, running=running)
             self._report(disk).start_pause_s = pause
@@ -608,7 +609,7 @@ class MoveOperation:
         if domain := self.intent.domain:
             running = self.intent.stopped
             work = Work(domain, running, pivot=definitions(ready), settle=longest)
-            return await self._while_suspended(work)
+            return (await self._while_suspended(work)).pause
         if longest is not None:
             return await switch_over_standing(self._plain, ready, longest)
         await switch_over(self._plain, ready)
@@ -619,16 +620,23 @@ class MoveOperation:
         left = [(i, d) for i, (d, s) in enumerate(self._pairs()) if not s.switched]
         disks = [await self._with_its_nodes(*each) for each in left]
         running = await self._alive.status() == "running"
-        self._save(replace(self.intent, stopped=running))
+        quiesce = self.intent.choices.quiesce
+        frozen = self._alive.pid if quiesce else None
+        self._save(replace(self.intent, stopped=running, frozen=frozen))
         names = tuple(disk.names for disk in disks)
         specs = tuple(map(snapshot_spec, disks))
-        work = Work(self.intent.address, running, snapshots=specs, names=names)
-        pause = await self._while_suspended(work)
-        self._save(replace(self.intent, stopped=False))
+        work = Work(self.intent.address, running, snapshots=specs, names=names, quiesce=quiesce)
+        try:
+            done = await self._while_suspended(work)
+        except NotQuiesced:
+            self._save(replace(self.intent, stopped=False, frozen=None))
+            raise
+        self._save(replace(self.intent, stopped=False, frozen=None))
         for disk in disks:
-            self._report(disk).switchover_s = pause
+            report = self._report(disk)
+            report.switchover_s, report.frozen_s = done.pause, done.frozen
 
-    async def _while_suspended(self, work: Work) -> float | None:
+    async def _while_suspended(self, work: Work) -> Done:
         if not self.intent.domain:
             await self._let_go()
         worker, self._worker = self._worker or await Worker.start(), None
@@ -650,9 +658,11 @@ class MoveOperation:
             disk.names.put_back()
 
     async def _continue(self) -> None:
-        """Continue a guest that was left stopped, once no mirror of ours is starting in it."""
+        """Continue a guest that was left stopped, once no mirror of ours is starting in it, and
+        thaw its file systems.
+        """
         await self._go_on()
-        self._save(replace(self.intent, stopped=False))
+        self._save(replace(self.intent, stopped=False, frozen=None))
 
     async def _go_on(self) -> None:
         disks = self.intent.disks
@@ -663,6 +673,7 @@ class MoveOperation:
             [snapshot_spec(disk) for disk in snapshots],
             [disk.names for disk in snapshots],
             proceed=self.intent.stopped,
+            frozen=self.intent.frozen is not None and self.intent.frozen == self._alive.pid,
         )
 
     async def _await_ready(self) -> None:

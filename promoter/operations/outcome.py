@@ -17,7 +17,7 @@ class DiskReport:
 
     ``old`` is the old overlay, ``kept`` are all the files that the new chain does not need.
     ``spare`` is a second name of the new disk: the one its QEMU remembers. It goes when
-    that QEMU is gone.
+    that QEMU is gone. ``frozen_s``: for how long the guest's file systems were frozen.
     """
 
     disk: str
@@ -30,6 +30,7 @@ class DiskReport:
     duration_s: float | None = None
     switchover_s: float | None = None
     start_pause_s: float | None = None
+    frozen_s: float | None = None
     verified: bool = False
     old: Path | None = None
     kept: tuple[Path, ...] = ()

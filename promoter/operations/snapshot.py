@@ -16,6 +16,7 @@ from pathlib import Path
 from promoter.chain import Disk
 from promoter.errors import Refused
 from promoter.guests.base import Guest, GuestView
+from promoter.operations import quiesce
 from promoter.operations.move import Choices, DiskIntent, Kind, Way
 from promoter.operations.plan import (
     Plan,
@@ -45,7 +46,10 @@ DELTA = re.compile(r"\.delta-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}$")
 
 async def plan(guest: Guest, identity: str, choices: Choices) -> Plan:
     """Plan a snapshot. Raises `Refused` with the reason, or `Unreachable`."""
-    return await make_plan(guest, identity, Kind.SNAPSHOT, choices, _check, _plan_disk)
+    made = await make_plan(guest, identity, Kind.SNAPSHOT, choices, _check, _plan_disk)
+    if choices.quiesce:
+        await quiesce.check(guest)
+    return made
 
 
 def _check(view: GuestView, _disks: list[Disk], _choices: Choices) -> None:

@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from promoter.errors import JobFailed, Unreachable
@@ -45,6 +45,7 @@ from promoter.guests.base import (
     SnapshotSpec,
 )
 from promoter.operations.move import DomainAddress
+from promoter.operations.quiesce import NotQuiesced, freeze, thaw
 from promoter.operations.start import scanned, start
 from promoter.operations.switchover import TooSlow, settle
 from promoter.storage.files import sync
@@ -62,7 +63,7 @@ class Work:
     """What to do in a guest, a domain or one behind a monitor's path: a mirror or commit to start,
     the disks to pivot, by name, or snapshots, with the names that a plain guest's next boot goes
     by. ``running``: suspend the guest for it; ``settle``: for as many seconds at most while the
-    copies catch up.
+    copies catch up; ``quiesce``: freeze the guest's file systems around it.
     """
 
     guest: DomainAddress | str
@@ -73,15 +74,20 @@ class Work:
     settle: float | None = None
     snapshots: tuple[SnapshotSpec, ...] = ()
     names: tuple[Names, ...] = ()
+    quiesce: bool = False
 
 
 @dataclass(frozen=True)
 class Done:
-    """How it went: for how many seconds the guest was suspended, and what failed."""
+    """How it went: for how many seconds the guest was suspended, its file systems were frozen,
+    and what failed. ``not_quiesced``: at the freeze, so that nothing else was begun.
+    """
 
     pause: float | None
     failures: tuple[str, ...] = ()
     too_slow: bool = False
+    not_quiesced: bool = False
+    frozen: float | None = None
 
 
 class Worker:
@@ -105,12 +111,12 @@ class Worker:
             )
         return cls(process, ours)
 
-    async def do(self, work: Work, lock_fd: int) -> float | None:
-        """Have it done; for how many seconds the guest was suspended. ``lock_fd`` is the
-        operation's lock.
+    async def do(self, work: Work, lock_fd: int) -> Done:
+        """Have it done. ``lock_fd`` is the operation's lock.
 
         Raises `JobFailed` when something failed, `TooSlow` when the copies did not catch up,
-        `ConnectionLost` when libvirtd or the guest went away.
+        `NotQuiesced` when the file systems did not freeze, `ConnectionLost` when libvirtd or the
+        guest went away.
         """
         try:
             async with asyncio.timeout(LONGEST + LONGEST_ABSENCE):
@@ -127,8 +133,8 @@ class Worker:
             raise JobFailed("the process that had the guest suspended did not end well")
         done = from_json(Done, answer)
         if done.failures:
-            raise (TooSlow if done.too_slow else JobFailed)("; ".join(done.failures))
-        return done.pause
+            raise _kind(done)("; ".join(done.failures))
+        return done
 
     def _send(self, work: Work, lock_fd: int) -> None:
         text = to_json(work).encode()
@@ -142,6 +148,12 @@ class Worker:
         if self._process.returncode is None:
             self._process.kill()
             await self._process.wait()
+
+
+def _kind(done: Done) -> type[JobFailed]:
+    if done.not_quiesced:
+        return NotQuiesced
+    return TooSlow if done.too_slow else JobFailed
 
 
 def _receive() -> bytes:
@@ -160,9 +172,10 @@ async def go_on(
     names: Sequence[Names] = (),
     *,
     proceed: bool = True,
+    frozen: bool = False,
 ) -> None:
     """After work that broke off: the next boot opens the disks that have switched, and the
-    guest continues, if it is to ``proceed``.
+    guest continues, if it is to ``proceed``; its file systems are thawed if they may be ``frozen``.
     """
     view = await guest.look()
     if isinstance(guest, Domain):
@@ -173,6 +186,8 @@ async def go_on(
         for job in view.jobs:
             await scanned(guest, job)
         await guest.cont()
+    if frozen:
+        await thaw(guest)
 
 
 def _is_on(view: GuestView, name: str, new: DefinedDisk | NodeSpec) -> bool:
@@ -234,11 +249,33 @@ async def _pivot(domain: Domain, disks: Mapping[str, DefinedDisk]) -> tuple[str,
 
 
 async def _work(guest: Guest, work: Work) -> Done:
-    failures: tuple[str, ...] = ()
-    too_slow = False
     if isinstance(guest, PlainGuest):
         for spec in work.snapshots:
             await guest.attach(spec.overlay)
+    return await (_quiesced if work.quiesce else _suspended)(guest, work)
+
+
+async def _quiesced(guest: Guest, work: Work) -> Done:
+    began = time.monotonic()
+    try:
+        await freeze(guest)
+    except JobFailed as error:
+        return Done(None, (error.message,), not_quiesced=isinstance(error, NotQuiesced))
+    failures: tuple[str, ...] = ()
+    try:
+        done = await _suspended(guest, work)
+    finally:
+        try:
+            await thaw(guest)
+        except JobFailed as error:
+            failures = (error.message,)
+    took = time.monotonic() - began
+    return replace(done, frozen=took, failures=(*done.failures, *failures))
+
+
+async def _suspended(guest: Guest, work: Work) -> Done:
+    failures: tuple[str, ...] = ()
+    too_slow = False
     began = time.monotonic()
     if work.running:
         await guest.stop()
@@ -268,7 +305,7 @@ async def _run(work: Work) -> Done:
         await guest.close()
         if isinstance(work.guest, DomainAddress):
             guest = await _come_back(work.guest)
-            await go_on(guest, work.pivot)
+            await go_on(guest, work.pivot, frozen=work.quiesce)
         raise
     finally:
         await guest.close()
