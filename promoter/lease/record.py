@@ -77,6 +77,8 @@ class Step(StrEnum):
     TAKE_OVER = "take over"
     BREAK = "break"
     READERS = "readers"
+    WORK = "work"
+    WORK_DONE = "work done"
 
 
 STEPS: Mapping[tuple[State | None, Step], State] = {
@@ -98,6 +100,9 @@ STEPS: Mapping[tuple[State | None, Step], State] = {
     (State.LOANED, Step.BREAK): State.FREE,
     (State.FREE, Step.READERS): State.FREE,
     (State.HELD, Step.READERS): State.HELD,
+    (State.HELD, Step.WORK): State.HELD,
+    (State.HELD, Step.WORK_DONE): State.HELD,
+    (State.RELEASING, Step.WORK_DONE): State.RELEASING,
 }
 """An absent pair is illegal."""
 
@@ -145,6 +150,18 @@ class Grant:
 
 
 @dataclass(frozen=True)
+class Operation:
+    """What changes the disk while its guest runs: an operation of its owner's host, at work as
+    long as somebody there holds the lock on the file ``lock``.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    id: Identity
+    kind: Text
+    lock: Text
+
+
+@dataclass(frozen=True)
 class Stamp:
     """What tells one writing of a record from another: ``nonce`` is unique, ``wall`` is the
     wall time for people only.
@@ -160,7 +177,10 @@ class LeaseRecord:
 
     ``readers`` are the overlays that read through this disk, as absolute paths. ``lender`` is
     who wants a loaned disk back, with the same bytes. ``request`` is the release request that
-    is being served. ``note`` says why an operator broke a lease.
+    is being served. ``note`` says why an operator broke a lease. ``alternate`` is the file that
+    ``operation`` puts, or has put, in the place of ``disk``, by one rename: either may be found
+    until the operation is over. Whatever ends the owner's holding settles it: then the disk is
+    the one that was found.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -175,6 +195,8 @@ class LeaseRecord:
     request: Identity | None = None
     readers: Annotated[tuple[Text, ...], Field(max_length=4096)] = ()
     note: Text = ""
+    operation: Operation | None = None
+    alternate: DiskIdentity | None = None
 
     def __post_init__(self) -> None:
         if fault := _fault(self):
@@ -196,6 +218,10 @@ def _fault(record: LeaseRecord) -> str:
         return "releasing without a request"
     if record.state is State.LOANED and not (record.lender and record.grant):
         return "loaned without lender and borrower"
+    if record.operation and not owned:
+        return f"{record.state} and worked on"
+    if record.alternate and not record.operation:
+        return "an alternate without an operation"
     return ""
 
 
@@ -239,11 +265,27 @@ class Answer:
     total: Number | None = None
 
 
-Sealed = TypeVar("Sealed", LeaseRecord, Request, Answer)
-KINDS: Mapping[type, str] = {LeaseRecord: "lease", Request: "request", Answer: "answer"}
+@dataclass(frozen=True)
+class Work:
+    """What keeps a disk busy, and how far it is, in bytes."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    operation: Identity
+    name: Text
+    done: Number = 0
+    total: Number = 0
 
 
-def encode(value: LeaseRecord | Request | Answer) -> bytes:
+Sealed = TypeVar("Sealed", LeaseRecord, Request, Answer, Work)
+KINDS: Mapping[type, str] = {
+    LeaseRecord: "lease",
+    Request: "request",
+    Answer: "answer",
+    Work: "work",
+}
+
+
+def encode(value: LeaseRecord | Request | Answer | Work) -> bytes:
     """The value as JSON, with format, version and checksum."""
     kind = type(value)
     fields = adapter(kind).dump_python(value, mode="json")
@@ -321,11 +363,13 @@ def _bad(where: str, why: str) -> NoReturn:
 @dataclass(frozen=True)
 class Closed:
     """Proof that a disk is closed here: the guest has no node of it any more, and a fresh
-    file descriptor found QEMU's lock bytes free.
+    file descriptor found QEMU's lock bytes free. ``idle``: no operation is at work that could
+    put another file in its place.
     """
 
     node_gone: bool
     locks_free: bool
+    idle: bool = True
 
 
 def create(disk: DiskIdentity, owner: Owner, stamp: Stamp) -> LeaseRecord:
@@ -386,13 +430,13 @@ def resume(
 def release(record: LeaseRecord, host: str, request: str, stamp: Stamp) -> LeaseRecord:
     """The owner begins to let go for a request."""
     _expect(_is_host(record.owner, host), "only its owner releases it")
-    return _next(record, Step.RELEASE, stamp, request=request)
+    return _next(record, Step.RELEASE, stamp, request=request, **_work_on(record))
 
 
 def roll_back(record: LeaseRecord, host: str, stamp: Stamp) -> LeaseRecord:
     """The owner could not let go and keeps the disk."""
     _expect(_is_host(record.owner, host), "only its owner keeps it")
-    return _next(record, Step.ROLL_BACK, stamp, request=None)
+    return _next(record, Step.ROLL_BACK, stamp, request=None, **_work_on(record))
 
 
 def free(
@@ -443,7 +487,8 @@ def repin(record: LeaseRecord, disk: DiskIdentity) -> LeaseRecord:
 def add_reader(record: LeaseRecord, host: str, overlay: str, stamp: Stamp) -> LeaseRecord:
     """An overlay reads through the disk from now on; its base may not be written any more."""
     _expect_mine_or_free(record, host)
-    return _next(record, Step.READERS, stamp, readers=(*record.readers, overlay))
+    readers = (*record.readers, overlay)
+    return _next(record, Step.READERS, stamp, readers=readers, **_work_on(record))
 
 
 def remove_reader(record: LeaseRecord, host: str, overlay: str, stamp: Stamp) -> LeaseRecord:
@@ -451,7 +496,44 @@ def remove_reader(record: LeaseRecord, host: str, overlay: str, stamp: Stamp) ->
     _expect_mine_or_free(record, host)
     _expect(overlay in record.readers, f"{overlay} does not read through it")
     left = tuple(reader for reader in record.readers if reader != overlay)
-    return _next(record, Step.READERS, stamp, readers=left)
+    return _next(record, Step.READERS, stamp, readers=left, **_work_on(record))
+
+
+def work(
+    record: LeaseRecord,
+    host: str,
+    operation: Operation,
+    stamp: Stamp,
+    alternate: DiskIdentity | None = None,
+) -> LeaseRecord:
+    """An operation of the owner's works on the disk from now on; it may put ``alternate``, a file
+    with the same bytes, in its place. Nobody is given the disk meanwhile.
+    """
+    _expect(_is_host(record.owner, host), "only its owner works on it")
+    other = record.operation
+    if other and other.id != operation.id and record.alternate:
+        raise Illegal(
+            f"{other.kind} {other.id} was interrupted as it changed the disk",
+            f"Finish it first: promoter job resume {other.id}",
+        )
+    return _next(record, Step.WORK, stamp, operation=operation, alternate=alternate)
+
+
+def work_done(record: LeaseRecord, host: str, operation: str, stamp: Stamp) -> LeaseRecord:
+    """The operation is over, whichever file it has left in the disk's place."""
+    _expect(_is_host(record.owner, host), "only its owner works on it")
+    mine = record.operation is not None and record.operation.id == operation
+    _expect(mine, f"operation {operation} does not work on it")
+    return _next(record, Step.WORK_DONE, stamp)
+
+
+def found(record: LeaseRecord, inode: int) -> LeaseRecord | None:
+    """The record when the file ``inode`` lies at the disk's path; None: it is not about that."""
+    if inode == record.disk.inode:
+        return record
+    if record.alternate and inode == record.alternate.inode:
+        return replace(record, disk=record.alternate, alternate=record.disk)
+    return None
 
 
 def _next(record: LeaseRecord, step: Step, stamp: Stamp, **changes: Any) -> LeaseRecord:
@@ -461,7 +543,12 @@ def _next(record: LeaseRecord, step: Step, stamp: Stamp, **changes: Any) -> Leas
     if record.epoch == LAST_EPOCH:
         raise Illegal(f"{step}: epoch {LAST_EPOCH} is the last there is")
     place = {"epoch": record.epoch + 1, "state": state, "nonce": stamp.nonce, "wall": stamp.wall}
-    return replace(record, **{"note": "", **changes, **place})
+    over = {"note": "", "operation": None, "alternate": None}
+    return replace(record, **{**over, **changes, **place})
+
+
+def _work_on(record: LeaseRecord) -> dict[str, Any]:
+    return {"operation": record.operation, "alternate": record.alternate}
 
 
 def _expect(holds: bool, otherwise: str) -> None:
@@ -472,6 +559,7 @@ def _expect(holds: bool, otherwise: str) -> None:
 def _expect_closed(closed: Closed) -> None:
     _expect(closed.node_gone, "the guest still has the disk")
     _expect(closed.locks_free, "QEMU's lock bytes are not free")
+    _expect(closed.idle, "an operation works on it")
 
 
 def _expect_mine_or_free(record: LeaseRecord, host: str) -> None:
@@ -582,15 +670,6 @@ class Policy(StrEnum):
     DETACH = "detach"
     LOAN = "loan"
     CLOSE = "close"
-
-
-@dataclass(frozen=True)
-class Work:
-    """What keeps a disk busy: a block job, and how far it is."""
-
-    name: str
-    done: int
-    total: int
 
 
 @dataclass(frozen=True)

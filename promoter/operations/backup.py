@@ -156,11 +156,12 @@ async def plan(
     directory: Path,
     since: str | None,
     keep: int | None,
+    state: Path,
 ) -> Backup:
     """Plan a backup. Raises `Refused` with the reason, or `Unreachable`."""
     check_directory(directory)
     frozen = new_id()
-    move = (await snapshot.plan(guest, frozen, choices)).move
+    move = (await snapshot.plan(guest, frozen, choices, state)).move
     now = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     if since not in (None, LAST) and len(move.disks) > 1:
         raise Refused("--since names one file, but the guest has several disks", f"Use: {LAST}")
@@ -356,7 +357,7 @@ class BackupOperation:
     async def _perform(
         self,
         identity: str,
-        planner: Callable[[Guest, str, Choices], Awaitable[Plan]],
+        planner: Callable[[Guest, str, Choices, Path], Awaitable[Plan]],
         choices: Choices,
     ) -> None:
         """Begin, or go on with, one of the operations that the backup is made of."""
@@ -365,7 +366,8 @@ class BackupOperation:
             if (entry := self._journal.find(identity)) is None:
                 guest = await self._connect(self.intent)
                 try:
-                    move = (await planner(guest, identity, choices)).move
+                    plan = await planner(guest, identity, choices, self._journal.directory)
+                    move = plan.move
                 except BaseException:
                     await guest.close()
                     raise
@@ -469,8 +471,8 @@ class BackupOperation:
         )
 
 
-async def _plan_merge(guest: Guest, identity: str, choices: Choices) -> Plan:
-    plan = await consolidate.plan(guest, identity, choices)
+async def _plan_merge(guest: Guest, identity: str, choices: Choices, state: Path) -> Plan:
+    plan = await consolidate.plan(guest, identity, choices, state)
     if more := [disk.name for disk in plan.move.disks if len(disk.gone) > 1]:
         raise Refused(
             f"{', '.join(more)}: somebody took another snapshot meanwhile",
