@@ -14,7 +14,7 @@ import pytest
 from promoter.lease import record as rules
 from promoter.lease.claim import let_go
 from promoter.lease.file import LeaseFile
-from promoter.lease.host import Host, new_stamp
+from promoter.lease.host import Host, new_stamp, this_host
 from promoter.lease.liveness import lock_on
 from promoter.lease.record import DiskIdentity, LeaseRecord, Lock, State
 from tests import records
@@ -227,15 +227,14 @@ def test_a_guest_that_runs_outside_of_its_disks_lease_is_refused(
     """The lease is free; or a process holds it that did not start the guest."""
     a, _ = hosts
     disk = linked_clone(base(), tmp_path / "clone.qcow2")
+    register_lease(disk)
     with VM(tmp_path, [Disk(disk)], writer={"rate": 0}) as vm:
-        register_lease(disk)
         ran = ended(start(a.state, "promote", vm.monitor, "--json"))
         assert (ran.code, ran.result["error"]) == (4, "Refused"), ran
         assert "its lease is free" in ran.result["message"]
         free = record(disk)
-        me = Host("host-a", "boot").owner(process=os.getpid())
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        taken = rules.claim(free, rules.Owner("host-a", boot, me.pid, me.started), new_stamp())
+        me = this_host(a.state).owner(process=os.getpid())
+        taken = rules.claim(free, me, new_stamp())
         assert LeaseFile(disk).compare_and_swap(free.epoch, taken)
         ran = ended(start(a.state, "promote", vm.monitor, "--json"))
         assert (ran.code, ran.result["error"]) == (4, "Refused"), ran
