@@ -19,6 +19,7 @@ from promoter.lease.liveness import lock_on
 from promoter.lease.record import DiskIdentity, LeaseRecord, Lock, State
 from tests import records
 from tests.cli import Ran, ended, start
+from tests.domains import Domain, Libvirtd
 from tests.test_lease_run import LeasingHost, Running, record, said
 from tests.vm import VM, Disk, ack_count, base, blank, linked_clone, qemu_img, wait_for
 
@@ -192,6 +193,27 @@ def test_who_asks_for_a_disk_that_is_worked_on_hears_that_it_is_busy(leased: Lea
     records.check(leased.disk, None, leased.vm.log).raise_if_bad()
 
 
+def test_a_leased_guest_is_backed_up(leased: Leased, tmp_path: Path) -> None:
+    """The disk is given to nobody in between either."""
+    leased.boot()
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    working = start(leased.a.state, "backup", leased.vm.monitor, copies, "--speed", "10M", "--json")
+
+    def copies_under_the_lease() -> bool:
+        operation = record(leased.disk).operation
+        return operation is not None and operation.kind == "backup"
+
+    wait_for(copies_under_the_lease, "the copy to begin", 60)
+    asked = leased.b.lease("request", leased.disk, "--timeout", 60)
+    assert asked.lines[-2]["said"] == "busy", asked
+    done = ended(working, 120)
+    assert done.code == 0, done
+    assert at_rest(record(leased.disk), "host-a")
+    leased.write(20)
+    leased.passes_to_the_other_host()
+
+
 # --- what is refused ---------------------------------------------------------------------------
 
 
@@ -315,6 +337,32 @@ def test_a_disk_is_not_run_over_a_base_that_another_host_holds(
     assert b.lease("release", lower).code == 0
     assert a.run(disk, "never", "true").end().code == 0
     assert record(lower).readers == (str(disk),)
+
+
+def test_a_domains_disk_is_taken_off_the_readers_and_its_own_lease_does_not_follow_it(
+    libvirtd: Libvirtd, hosts: Hosts, tmp_path: Path
+) -> None:
+    a, _ = hosts
+    lower = tmp_path / "base.qcow2"
+    shutil.copy(base(), lower)
+    disk = linked_clone(lower, tmp_path / "clone.qcow2")
+    far = Path("/elsewhere/web.qcow2")
+    register_lease(lower, disk, far)
+    with Domain(libvirtd, tmp_path, [Disk(disk)]) as domain:
+        refused = ended(start(a.state, "consolidate", *domain.address, "--base", lower, "--json"))
+        assert refused.code == 4, refused
+        assert f"{far} (listed in a lease)" in refused.result["message"]
+        done = ended(start(a.state, "promote", *domain.address, "--json"))
+        assert done.code == 0, done
+        assert record(lower).readers == (str(far),)
+        new = Path(done.result["disks"][0]["target"])
+        assert LeaseFile(new).read() is None, "no lease is made for who has none"
+        domain.shutdown()
+        assert a.lease("acquire", new).code == 0
+        domain.start()
+        refused = ended(start(a.state, "snapshot", *domain.address, "--json"))
+        assert (refused.code, refused.result["error"]) == (4, "Refused"), refused
+        assert "does not follow" in refused.result["message"]
 
 
 # --- whatever is killed --------------------------------------------------------------------------

@@ -138,6 +138,9 @@ def test_while_an_operation_works_the_lease_is_about_either_file_and_then_about_
         assert (after.operation, after.disk, after.alternate) == (OPERATION, OTHER_FILE, DISK)
         assert parse(LeaseRecord, encode(after), "x") == after
     evidence = replace(DEAD, epoch=other.epoch)
+    with pytest.raises(Illegal, match="fence that host"):
+        rules.take_over(other, TWO, evidence, STAMP)
+    evidence = replace(evidence, fenced=True)
     for after in (
         rules.work_done(other, ONE.host, "op1", STAMP),
         rules.free(other, ONE.host, CLOSED, STAMP),

@@ -212,10 +212,12 @@ def held(
         who = f"promised to host {record.grant.host}"
     else:
         who = f"held by {describe(record.owner)}; {said}"
+    found = rules.verdict(evidence)
+    changing = found is rules.Verdict.TAKE and record.alternate
+    why = rules.CHANGING if changing else rules.EXPLAINED[found]
     return LeaseHeld(
         f"{store.disk} is {who}",
-        f"Of its owner: {rules.EXPLAINED[rules.verdict(evidence)]}."
-        f" See: promoter lease show {store.disk}",
+        f"Of its owner: {why}. See: promoter lease show {store.disk}",
     )
 
 

@@ -459,10 +459,15 @@ def lend(record: LeaseRecord, host: str, closed: Closed, grant: Grant, stamp: St
 
 
 def take_over(record: LeaseRecord, owner: Owner, evidence: Evidence, stamp: Stamp) -> LeaseRecord:
-    """The disk of an owner that may be dead becomes another's. A borrower's is its lender's."""
+    """The disk of an owner that may be dead becomes another's. A borrower's is its lender's.
+
+    Where an operation was about to put another file in the disk's place, a free image lock does
+    not say that it will not: silence does not suffice there.
+    """
     _expect(evidence.epoch == record.epoch, "the evidence is of another epoch")
     found = verdict(evidence)
     _expect(found is Verdict.TAKE, EXPLAINED[found])
+    _expect(evidence.fenced or not record.alternate, CHANGING)
     lender = record.lender
     _expect(lender is None or lender.host == owner.host, "it is borrowed: its lender's to take")
     return _next(record, Step.TAKE_OVER, stamp, owner=owner, lender=None, request=None)
@@ -613,6 +618,7 @@ EXPLAINED: Mapping[Verdict, str] = {
     Verdict.NEVER: "its owner is alive and has it open",
     Verdict.OPERATOR: "its owner is alive and does not have it open: ask its operator",
 }
+CHANGING = "an operation of its owner's may still put another file there: fence that host"
 TAKEOVER: Mapping[tuple[Beat, Lock, Storage], Verdict] = {
     (Beat.MOVING, Lock.HELD, Storage.LOCAL): Verdict.NEVER,
     (Beat.MOVING, Lock.HELD, Storage.NETWORK): Verdict.NEVER,

@@ -32,6 +32,7 @@ from promoter.errors import (
 from promoter.guests.base import Domain, Guest
 from promoter.operations import consolidate, operation, snapshot
 from promoter.operations.journal import Journal, OperationStatus, new_id
+from promoter.operations.leases import Leases
 from promoter.operations.move import Choices, DiskIntent, DomainAddress, Move, Old
 from promoter.operations.moving import MoveOperation, OnProgress, OnStep
 from promoter.operations.outcome import DiskReport
@@ -235,6 +236,7 @@ class BackupOperation:
         self._stopped = False
         self._child: MoveOperation | None = None
         self._copying: asyncio.Task[None] | None = None
+        self._leases = Leases(intent.id, KIND, journal.lock_file(intent.id))
         self._pace = Pace(intent.choices.speed)
         self._reports: dict[str, list[DiskReport]] = {}
         self._began = time.monotonic()
@@ -326,6 +328,7 @@ class BackupOperation:
             case Do.FREEZE:
                 await self._perform(self.intent.frozen, snapshot.plan, self.intent.choices)
             case Do.COPY:
+                await asyncio.to_thread(self._leases.join, self._frozen().disks)
                 await self._copy_unless_cancelled(self.intent.disks[action.disk])
             case Do.MERGE:
                 await self._perform(self.intent.merged, _plan_merge, self._delta())

@@ -64,7 +64,10 @@ def _check_disk(store: LeaseFile, intent: DiskIntent, pid: int | None, host: Hos
     _check_owner(store, record, intent.name, host)
     why = ""
     owner = record.owner
-    if record.state is not State.HELD or owner is None:
+    if record.state is State.RELEASING:
+        why = "it is being given to another host"
+        hint = f"See to whom: promoter lease show {store.disk}"
+    elif record.state is not State.HELD or owner is None:
         why = f"its lease is {record.state}, and the guest has it open"
         hint = "Run the guest under its lease: promoter run"
     elif host.lives(owner) and not _is_under(pid, owner):
