@@ -357,7 +357,7 @@ def test_a_domains_disk_is_taken_off_the_readers_and_its_own_lease_does_not_foll
         assert record(lower).readers == (str(far),)
         new = Path(done.result["disks"][0]["target"])
         assert LeaseFile(new).read() is None, "no lease is made for who has none"
-        domain.shutdown()
+        domain.kill()
         assert a.lease("acquire", new).code == 0
         domain.start()
         refused = ended(start(a.state, "snapshot", *domain.address, "--json"))

@@ -331,6 +331,7 @@ class BackupOperation:
                 await asyncio.to_thread(self._leases.join, self._frozen().disks)
                 await self._copy_unless_cancelled(self.intent.disks[action.disk])
             case Do.MERGE:
+                await asyncio.to_thread(self._leases.leave, self._frozen().disks)
                 await self._perform(self.intent.merged, _plan_merge, self._delta())
             case _:
                 self._prune()
