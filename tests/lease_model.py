@@ -4,8 +4,13 @@ A world is the newest record and what each host is: well, stalled (its agent sta
 QEMU goes on), cut off from the storage, or dead; what it has read, perhaps long ago; what it
 believes; whether its QEMU has the disk open, and whether the storage still has its lock. On
 network storage being cut off takes the lock away from a QEMU that may write on: the worst that
-can be. `explore` looks for a world in which two guests write. A guard is a rule or a habit that
-can be left out, to see whether the search would notice.
+can be. An operation may put another file in the disk's place, also after its guest has died, which
+is as good as writing: whoever has the old file open loses what it writes. `explore` looks for a
+world in which two hosts write. A guard is a rule or a habit that can be left out, to see whether
+the search would notice.
+
+One thing is taken for granted: that nobody opens a disk under a claim that is out of date while
+an operation of its new owner's, whose guest has died, is about to rename. No image lock is there.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ from promoter.lease.record import (
     Illegal,
     LeaseRecord,
     Lock,
+    Operation,
     Owner,
     Stamp,
     Storage,
@@ -39,7 +45,7 @@ CLOSED = Closed(node_gone=True, locks_free=True)
 
 
 class Guard(Enum):
-    """What can be left out. The last four are in the rules' own code; the model calls them
+    """What can be left out. The last six are in the rules' own code; the model calls them
     with a lie there, or with a table in which the verdict is another.
     """
 
@@ -49,6 +55,8 @@ class Guard(Enum):
     RESUME_IS_AN_EPOCH = "a host that comes back takes a new epoch"
     MARK_AFTER_CLOSE = "a disk is marked free only when it is proved closed"
     OWNER_FREES = "nobody but the owner marks a disk free"
+    FREE_WHEN_IDLE = "a disk is not marked free while an operation works on it"
+    WORK_IS_FENCED = "what may still get another file is taken only from a host that was fenced"
     EVIDENCE_OF_EPOCH = "what was seen of one epoch says nothing of another"
     MOVING_IS_ALIVE = "nothing is taken from a host whose heart beats"
     LOCKED_IS_OPEN = "nothing is taken that a QEMU has open"
@@ -64,7 +72,8 @@ class Condition(IntEnum):
 
 class Host(NamedTuple):
     """`view` is the number of a record that it once read, `evidence` that of what it has seen
-    of that record's owner, if it lets the disk be taken; `claimed`: it thinks the disk its own.
+    of that record's owner, if it lets the disk be taken; `claimed`: it thinks the disk its own;
+    `working`: an operation of its own is about to put another file there.
     """
 
     boot: int = 0
@@ -74,6 +83,7 @@ class Host(NamedTuple):
     claimed: bool = False
     open: bool = False
     lock: bool = False
+    working: bool = False
 
 
 class World(NamedTuple):
@@ -89,6 +99,7 @@ class Around(NamedTuple):
 
     record: int
     locked: bool  # by others
+    open: bool  # by others
     well: tuple[bool, ...]
 
 
@@ -177,7 +188,8 @@ class Model:
         well = tuple(host.condition is Condition.WELL for host in world.hosts)
         for number, host in enumerate(world.hosts):
             locked = any(h.lock for other, h in enumerate(world.hosts) if other != number)
-            key = (number, host, Around(world.record, locked, well))
+            others = any(h.open for other, h in enumerate(world.hosts) if other != number)
+            key = (number, host, Around(world.record, locked, others, well))
             if key not in self.cached:
                 self.cached[key] = list(self.moves_of(*key))
             for move in self.cached[key]:
@@ -211,8 +223,15 @@ class Model:
             yield Move("reads", host._replace(view=record, evidence=kept), record)
         may = host.claimed or self.without is Guard.OPEN_AFTER_CLAIM
         unlocked = not around.locked or self.without is Guard.IMAGE_LOCK
+        newest = self.records.values[record]
+        theirs = newest and newest.owner and newest.owner.host != owner(number, 0).host
+        unlocked &= not (newest and newest.alternate and theirs)
         if may and not host.open and unlocked:
             yield Move("opens", host._replace(open=True, lock=not around.locked), record)
+        if host.working:
+            yield Move(
+                "renames", host._replace(working=False, open=host.open or around.open), record
+            )
         yield from self.looks(number, host, around)
         yield from self.writes(number, host, around)
 
@@ -255,7 +274,11 @@ class Model:
                 continue
             new = self.records.number(written)
             mine = written.owner is not None
-            yield Move(step.__name__, host._replace(view=new, evidence=0, claimed=mine), new)
+            working = written.operation is not None and mine
+            after = host._replace(view=new, evidence=0, claimed=mine)
+            if step in (announce, leave):
+                after = after._replace(working=working)
+            yield Move(step.__name__, after, new)
 
 
 def after(world: World, number: int, move: Move) -> World:
@@ -327,7 +350,8 @@ def free(
     if view is None:
         return None
     by = view.owner if model.without is Guard.OWNER_FREES and view.owner else me
-    closed = CLOSED
+    idle = not host.working or model.without is Guard.FREE_WHEN_IDLE
+    closed = replace(CLOSED, idle=idle)
     if host.open and model.without is not Guard.MARK_AFTER_CLOSE:
         closed = Closed(node_gone=False, locks_free=False)
     return rules.free(view, by.host, closed, stamp(me))
@@ -341,7 +365,24 @@ def take_over(
         return None
     if model.without is Guard.EVIDENCE_OF_EPOCH:
         evidence = replace(evidence, epoch=view.epoch)
+    if model.without is Guard.WORK_IS_FENCED:
+        view = replace(view, alternate=None)
     return rules.take_over(view, me, evidence, stamp(me))
+
+
+def announce(
+    view: LeaseRecord | None, me: Owner, host: Host, _: Lock, __: Model
+) -> LeaseRecord | None:
+    """An operation of the guest that has the disk is about to put another file there."""
+    if view is None or not host.open or view.operation:
+        return None
+    operation = Operation(f"work-of-{me.host}", "promote", "lock")
+    return rules.work(view, me.host, operation, stamp(me), DiskIdentity("disk", 1, 2))
+
+
+def leave(view: LeaseRecord | None, me: Owner, _: Host, __: Lock, ___: Model) -> LeaseRecord | None:
+    """The operation is over, whether it has put a file there or not."""
+    return rules.work_done(view, me.host, f"work-of-{me.host}", stamp(me)) if view else None
 
 
 STEPS: tuple[Write, ...] = (
@@ -354,4 +395,6 @@ STEPS: tuple[Write, ...] = (
     free,
     lend,
     take_over,
+    announce,
+    leave,
 )

@@ -20,6 +20,7 @@ from typing import Any
 from promoter.cli.main import app
 from promoter.guests.qmp import QmpGuest
 from promoter.operations import suspended
+from promoter.operations.leases import Leases
 from promoter.operations.move import Action, Do
 from promoter.operations.moving import MoveOperation
 from promoter.storage import seed
@@ -47,6 +48,12 @@ INSIDE: dict[str, tuple[Any, str, bool]] = {
 AT_A_START: dict[str, tuple[Any, str, bool]] = {  # of a mirror that a QEMU bug makes a stop for
     "stopped": (QmpGuest, "stop", False),
     "starting": (QmpGuest, "begin", False),
+}
+IN_A_LEASE: dict[str, tuple[Any, str, bool]] = {
+    "joined": (Leases, "join", False),
+    "announced": (Leases, "announce", False),
+    "readers off": (Leases, "take_off_readers", False),
+    "left": (Leases, "leave", False),
 }
 POINTS = (*(f"before {do.name}" for do in STEPS), *INSIDE, "after TIDY")
 
@@ -95,7 +102,7 @@ def install(point: str, hit: Callable[[], None]) -> None:
         os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
         suspended.__name__ = struck_suspended.__name__
         return
-    if inside := (INSIDE | AT_A_START).get(point):
+    if inside := (INSIDE | AT_A_START | IN_A_LEASE).get(point):
         owner, name, before = inside
         setattr(owner, name, striking(getattr(owner, name), hit, before=before))
         return

@@ -28,6 +28,7 @@ from promoter.lease.record import (
     Illegal,
     LeaseRecord,
     Lock,
+    Operation,
     Owner,
     Policy,
     Request,
@@ -52,6 +53,9 @@ LOANED = rules.lend(RELEASING, ONE.host, CLOSED, Grant(TWO.host, "r1", 30), STAM
 RECORDS = {record.state: record for record in (HELD, RELEASING, FREE, LOANED)}
 DEAD = Evidence(0, Beat.STOPPED, Lock.FREE, Storage.LOCAL)
 GRANT = Grant(TWO.host, "r1", 30)
+OPERATION = Operation("op1", "promote", "/state/op1.lock")
+OTHER_FILE = DiskIdentity("d1", 7, 43)
+WORKED_ON = rules.work(HELD, ONE.host, OPERATION, STAMP, OTHER_FILE)
 ACTS: dict[Step, Callable[[LeaseRecord], LeaseRecord]] = {
     Step.CLAIM: lambda record: rules.claim(record, TWO, STAMP),
     Step.RESUME: lambda record: rules.resume(
@@ -66,6 +70,7 @@ ACTS: dict[Step, Callable[[LeaseRecord], LeaseRecord]] = {
     ),
     Step.BREAK: lambda record: rules.break_lease(record, record.epoch, Lock.FREE, "why", STAMP),
     Step.READERS: lambda record: rules.add_reader(record, ONE.host, "/vm/clone", STAMP),
+    Step.WORK: lambda record: rules.work(record, ONE.host, OPERATION, STAMP, OTHER_FILE),
 }
 
 
@@ -99,6 +104,13 @@ def test_a_step_leads_where_the_table_says_or_changes_nothing(state: State, step
         lambda: rules.free(HELD, ONE.host, Closed(True, False), STAMP),
         lambda: rules.free(HELD, ONE.host, Closed(False, True), STAMP),
         lambda: rules.lend(RELEASING, ONE.host, Closed(True, False), GRANT, STAMP),
+        lambda: rules.free(HELD, ONE.host, Closed(True, True, idle=False), STAMP),
+        lambda: rules.work(HELD, TWO.host, OPERATION, STAMP),
+        lambda: rules.work(RELEASING, ONE.host, OPERATION, STAMP),
+        lambda: rules.work(WORKED_ON, ONE.host, replace(OPERATION, id="op2"), STAMP),
+        lambda: rules.work_done(WORKED_ON, TWO.host, "op1", STAMP),
+        lambda: rules.work_done(WORKED_ON, ONE.host, "op2", STAMP),
+        lambda: rules.work_done(HELD, ONE.host, "op1", STAMP),
         lambda: rules.take_over(HELD, TWO, replace(DEAD, epoch=2), STAMP),
         lambda: rules.break_lease(HELD, 2, Lock.FREE, "why", STAMP),
         lambda: rules.break_lease(HELD, 1, Lock.HELD, "why", STAMP),
@@ -110,6 +122,34 @@ def test_a_step_leads_where_the_table_says_or_changes_nothing(state: State, step
 def test_who_may_not_does_not(act: Callable[[], LeaseRecord]) -> None:
     with pytest.raises(Illegal):
         act()
+
+
+def test_while_an_operation_works_the_lease_is_about_either_file_and_then_about_the_one_found() -> (
+    None
+):
+    assert rules.found(WORKED_ON, 42) == WORKED_ON
+    other = rules.found(WORKED_ON, 43)
+    assert other
+    assert (other.disk, other.alternate) == (OTHER_FILE, DISK)
+    assert rules.found(WORKED_ON, 44) is None
+    assert rules.found(HELD, 43) is None
+    releasing = rules.release(other, ONE.host, "r1", STAMP)
+    for after in (releasing, rules.roll_back(releasing, ONE.host, STAMP)):
+        assert (after.operation, after.disk, after.alternate) == (OPERATION, OTHER_FILE, DISK)
+        assert parse(LeaseRecord, encode(after), "x") == after
+    evidence = replace(DEAD, epoch=other.epoch)
+    with pytest.raises(Illegal, match="fence that host"):
+        rules.take_over(other, TWO, evidence, STAMP)
+    evidence = replace(evidence, fenced=True)
+    for after in (
+        rules.work_done(other, ONE.host, "op1", STAMP),
+        rules.free(other, ONE.host, CLOSED, STAMP),
+        rules.take_over(other, TWO, evidence, STAMP),
+        rules.resume(other, ONE, STAMP, process_alive=False, lock=Lock.FREE),
+    ):
+        assert (after.operation, after.disk, after.alternate) == (None, OTHER_FILE, None)
+    done = rules.work_done(releasing, ONE.host, "op1", STAMP)
+    assert (done.state, done.request, done.operation) == (State.RELEASING, "r1", None)
 
 
 def test_a_grant_keeps_others_away_until_it_lapses() -> None:
@@ -156,7 +196,7 @@ def test_the_last_epoch_is_the_end_and_not_the_first_again() -> None:
         (HELD, Holding("host-one", Policy.SHUTDOWN), 2, Said.NOT_OWNER),
         (HELD, Holding("host-one", Policy.SHUTDOWN), 1, Said.ACCEPTED),
         (HELD, Holding("host-one", Policy.NEVER), 1, Said.REFUSED),
-        (HELD, Holding("host-one", Policy.CLOSE, Work("mirror", 1, 2)), 1, Said.BUSY),
+        (HELD, Holding("host-one", Policy.CLOSE, Work("op1", "mirror", 1, 2)), 1, Said.BUSY),
         (HELD, Holding("host-one", Policy.CLOSE, held_for=1, at_least=5), 1, Said.BUSY),
         (RELEASING, Holding("host-one", Policy.CLOSE), 1, Said.ACCEPTED),
         (replace(RELEASING, request="r2"), Holding("host-one", Policy.CLOSE), 1, Said.BUSY),
@@ -226,6 +266,11 @@ def test_what_is_sealed_again_unchanged_is_read() -> None:
         (sealed(request=None), "releasing without a request"),
         (sealed(nonce=...), "nonce"),
         (sealed(note="x" * 2000), "note"),
+        (sealed(alternate={"uuid": "d1", "device": 7, "inode": 43}), "without an operation"),
+        (
+            sealed(state="free", owner=None, operation={"id": "a", "kind": "b", "lock": "c"}),
+            "worked on",
+        ),
     ],
 )
 def test_anything_but_a_whole_record_is_refused(data: bytes, why: str) -> None:

@@ -30,8 +30,10 @@ def test_two_guests_never_write_one_disk(storage: Storage, faults: int, epochs: 
 def test_without_any_one_guard_two_guests_write_one_disk(
     guard: Guard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage = Storage.LOCAL if guard is Guard.IMAGE_LOCK else Storage.NETWORK
+    local = guard in (Guard.IMAGE_LOCK, Guard.WORK_IS_FENCED)
+    storage = Storage.LOCAL if local else Storage.NETWORK
     if guard in VERDICTS:
         monkeypatch.setitem(rules.TAKEOVER, VERDICTS[guard], Verdict.TAKE)
-    found = explore(storage, guard, faults=2, epochs=3, most=1_000_000)
+    epochs = 4 if guard is Guard.FREE_WHEN_IDLE else 3
+    found = explore(storage, guard, faults=2, epochs=epochs, most=1_000_000)
     assert found.moves, guard.value

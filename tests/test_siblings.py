@@ -16,7 +16,7 @@ import pytest
 
 from promoter.chain import BackingChain, DiskOptions, Image
 from promoter.chain import Disk as GuestDisk
-from promoter.storage.siblings import Reader, Siblings, find_siblings
+from promoter.storage.siblings import Reader, Registered, Siblings, find_siblings
 from tests.cli import promoter
 from tests.domains import Domain, Libvirtd
 from tests.vm import MIB, VM, Disk, blank, linked_clone, qemu_img
@@ -59,6 +59,21 @@ def clone(base: Path) -> Path:
 def test_nobody_reads_a_chain_that_is_alone(base: Path, clone: Path) -> None:
     found = find(clone, base)
     assert set(found.readers.values()) == {()}
+
+
+def test_readers_that_a_list_names_are_readers_wherever_they_are(base: Path, clone: Path) -> None:
+    """Those of a layer read through all that lies below it; the disk itself is none."""
+    top = linked_clone(clone, base.with_name("top.qcow2"))
+    away = base.parent.parent / "away.qcow2"
+    away.touch()
+    missing = Path("/elsewhere/web.qcow2")
+    listed = Registered({base: [top, away], clone: [missing]})
+    found = find_siblings([disk(top, clone, base)], os.getpid(), registered=listed)
+    both = (Reader(away, listed=True), Reader(missing, listed=True))
+    assert found.readers["vd0", str(base)] == both
+    assert found.readers["vd0", str(clone)] == both[1:]
+    assert found.readers["vd0", str(top)] == ()
+    assert [str(reader) for reader in both] == [f"{r.path} (listed in a lease)" for r in both]
 
 
 def nested(base: Path) -> str:
@@ -366,10 +381,11 @@ def test_chain_shows_siblings_that_run_and_siblings_that_do_not(base: Path, clon
         VM(place, [Disk(far)], extra=("-S", "-name", "far")) as other,
     ):
         holders = [{"name": "mail", "pid": mail.pid}]
-        mails = {"path": str(running), "disk": None, "aside": False, "holders": holders}
-        offs: dict[str, object] = {"path": str(off), "disk": None, "aside": False, "holders": []}
+        no = {"disk": None, "aside": False, "listed": False}
+        mails = {"path": str(running), "holders": holders, **no}
+        offs: dict[str, object] = {"path": str(off), "holders": [], **no}
         fars = [{"name": "far", "pid": other.pid}]
-        unnamed = {"path": None, "disk": None, "aside": False, "holders": fars}
+        unnamed = {"path": None, "holders": fars, **no}
         assert lowest_read_by(vm) == [mails, offs, unnamed]
         named = unnamed | {"path": str(far)}
         assert lowest_read_by(vm, "--scan", away) == [named, mails, offs]

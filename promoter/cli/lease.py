@@ -15,10 +15,12 @@ from rich.markup import escape
 
 from promoter.cli import run as running
 from promoter.cli.output import choose
+from promoter.cli.tree import human_bytes
 from promoter.lease import claim
 from promoter.lease.claim import Acquisition, describe
 from promoter.lease.file import LeaseFile
 from promoter.lease.host import this_host
+from promoter.lease.readers import enter, forget
 from promoter.lease.record import Answer, LeaseRecord, Policy
 from promoter.lease.run import LeasedRun, RunSpec
 from promoter.operations.journal import state_directory
@@ -62,10 +64,14 @@ class Voice:
     def answer(self, disk: Path) -> Callable[[Answer], None]:
         return lambda answer: self.event(
             "answer",
-            f"{disk}: the owner answers {answer.said} {answer.why}".rstrip(),
+            f"{disk}: the owner answers {answer.said} {answer.why}{_far(answer)}".rstrip(),
             disk=disk,
             **asdict(answer),
         )
+
+
+def _far(answer: Answer) -> str:
+    return f", {human_bytes(answer.done)} of {human_bytes(answer.total)}" if answer.total else ""
 
 
 def _finish(work: Callable[[], None], *, as_json: bool) -> None:
@@ -86,6 +92,8 @@ def describe_record(record: LeaseRecord | None) -> str:
         parts.append(f"lent by {describe(record.lender)}")
     if record.grant:
         parts.append(f"for host {record.grant.host}")
+    if record.operation:
+        parts.append(f"{record.operation.kind} {record.operation.id} works on it")
     if record.readers:
         parts.append(f"read by {', '.join(record.readers)}")
     if record.note:
@@ -129,6 +137,7 @@ def acquire(disk: Disk, state: State, timeout: Timeout = 30, as_json: Json = Fal
     def work() -> None:
         store, host = LeaseFile(disk), this_host(state)
         heard = voice.answer(store.disk)
+        enter(store.disk, host)
         record = Acquisition(store, host, host.owner(), heard=heard).run(timeout)
         voice.result(
             "lease acquire", store.disk, record, f"{store.disk}: {describe_record(record)}"
@@ -163,6 +172,24 @@ def request(disk: Disk, state: State, timeout: Timeout = 30, as_json: Json = Fal
         voice.result(
             "lease request", store.disk, record, f"{store.disk}: {describe_record(record)}"
         )
+
+    _finish(work, as_json=as_json)
+
+
+@lease_app.command("forget")
+def forget_reader(
+    disk: Disk,
+    reader: Annotated[Path, typer.Argument(metavar="OVERLAY", help="As `lease show` names it.")],
+    state: State,
+    as_json: Json = False,
+) -> None:
+    """Take an overlay that is no more off the readers of a disk."""
+    voice = Voice(as_json=as_json)
+
+    def work() -> None:
+        store = LeaseFile(disk)
+        record = forget(store, reader, this_host(state))
+        voice.result("lease forget", store.disk, record, f"{store.disk}: {describe_record(record)}")
 
     _finish(work, as_json=as_json)
 

@@ -24,6 +24,7 @@ from promoter.guests.base import Guest, GuestView
 from promoter.operations import backup, control
 from promoter.operations.backup import Backup, BackupOperation
 from promoter.operations.journal import Entry, Journal, OperationStatus, new_id
+from promoter.operations.leases import leave, registered
 from promoter.operations.leftovers import sweep
 from promoter.operations.move import Choices, Move
 from promoter.operations.moving import MoveOperation, OnProgress, OnStep
@@ -32,7 +33,7 @@ from promoter.storage.siblings import Siblings, find_siblings
 from promoter.values import from_json, to_json
 
 Op = TypeVar("Op", MoveOperation, BackupOperation)
-Planner = Callable[[Guest, str, Choices], Awaitable[Plan]]
+Planner = Callable[[Guest, str, Choices, Path], Awaitable[Plan]]
 ENDED = frozenset({OperationStatus.DONE, OperationStatus.FAILED, OperationStatus.CANCELLED})
 
 
@@ -66,7 +67,8 @@ async def look(name: str, uri: str, scan: Collection[Path]) -> tuple[GuestView, 
         await guest.close()
     if guest.pid is None:
         return view, None
-    return view, await asyncio.to_thread(find_siblings, view.disks, guest.pid, scan)
+    listed = await asyncio.to_thread(registered, view.disks)
+    return view, await asyncio.to_thread(find_siblings, view.disks, guest.pid, scan, listed)
 
 
 async def connect(name: str, uri: str) -> Guest:
@@ -96,7 +98,7 @@ async def perform(
     """Plan an operation, and unless it is a dry run, do it."""
     guest = await connect(name, uri)
     try:
-        made = await plan(guest, new_id(), choices)
+        made = await plan(guest, new_id(), choices, state)
         output.plan(made, dry_run=dry_run)
         move = made.move
         if dry_run or not move.disks:
@@ -126,7 +128,7 @@ async def back_up(
     """Plan a backup, and do it."""
     guest = await connect(name, uri)
     try:
-        intent = await backup.plan(guest, new_id(), choices, directory, since, keep)
+        intent = await backup.plan(guest, new_id(), choices, directory, since, keep, state)
     finally:
         await guest.close()
     journal = Journal(state)
@@ -211,6 +213,7 @@ async def _resume(journal: Journal, identity: str, output: Output) -> None:
             return
         move = from_json(Move, entry.intent)
         if entry.status in ENDED:
+            await asyncio.to_thread(leave, move, journal.lock_file(identity))
             if move.tidied:
                 await sweep(move, connect_again)
             output.result(_result(move, entry.status), [])

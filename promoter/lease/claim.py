@@ -122,7 +122,7 @@ class Acquisition:
             if record.state in (State.FREE, State.LOANED):
                 return rules.claim(record, self.owner, stamp, unchanged=unchanged)
             if record.owner and record.owner.host == self.host.name:
-                alive = self.host.lives(record.owner)
+                alive = self.host.lives(record.owner) or self.host.works(record)
                 return rules.resume(
                     record, self.owner, stamp, process_alive=alive, lock=evidence.lock
                 )
@@ -212,10 +212,12 @@ def held(
         who = f"promised to host {record.grant.host}"
     else:
         who = f"held by {describe(record.owner)}; {said}"
+    found = rules.verdict(evidence)
+    changing = found is rules.Verdict.TAKE and record.alternate
+    why = rules.CHANGING if changing else rules.EXPLAINED[found]
     return LeaseHeld(
         f"{store.disk} is {who}",
-        f"Of its owner: {rules.EXPLAINED[rules.verdict(evidence)]}."
-        f" See: promoter lease show {store.disk}",
+        f"Of its owner: {why}. See: promoter lease show {store.disk}",
     )
 
 
@@ -235,7 +237,8 @@ def let_go(store: LeaseFile, host: Host, *, node_gone: bool = True) -> LeaseReco
     """
     while True:
         record = _existing(store)
-        closed = Closed(node_gone, locks_free=lock_on(store.disk) is Lock.FREE)
+        locks_free = lock_on(store.disk) is Lock.FREE
+        closed = Closed(node_gone, locks_free, idle=not host.works(record))
         grant = _grant(store, record)
         freed = rules.free(record, host.name, closed, new_stamp(), grant)
         if store.compare_and_swap(record.epoch, freed):
@@ -271,6 +274,8 @@ def break_lease(
     if record is None:
         raise Refused(f"{store.disk} has no lease", "There is nothing to break.")
     rules.break_lease(record, epoch, Lock.FREE, reason, new_stamp())  # before anything is fenced
+    if host.works(record):
+        raise Illegal(f"the lease of {store.disk} stays as it is: an operation works on the disk")
     owner = record.responsible
     other = owner is not None and owner.host != host.name
     fenced = bool(owner and other and fence(state, owner.host, store.disk, epoch))

@@ -3,6 +3,7 @@
     disk.qcow2.lease             the newest record, for people and quick reads
     disk.qcow2.lease.d/00000042  one immutable record an epoch, made with link(2)
     disk.qcow2.lease.d/requests/ release requests by ticket, and their answers
+    disk.qcow2.lease.d/work      how far the operation is that works on the disk
     POOL/.promoter/hosts/HOST    one heartbeat a host; the pool is the disk's directory
 
 The highest epoch is the truth. A number is never freed for reuse: with every epoch there, a
@@ -26,13 +27,16 @@ from promoter.lease.record import (
     DiskIdentity,
     LeaseRecord,
     Request,
+    Work,
     encode,
+    found,
     parse,
 )
 from promoter.lease.store import Asked, CouldNotTell
 
 NUMBER = re.compile(r"[0-9]{8}")
 MOST_REQUESTS = 256
+WORK = "work"
 WATCH_EVERY = 0.1
 
 
@@ -62,13 +66,15 @@ class LeaseFile:
 
     def read(self) -> LeaseRecord | None:
         record = self.read_any()
-        if record and record.disk.inode != self.identity("").inode:
+        if record is None:
+            return None
+        if (seen := found(record, self.identity("").inode)) is None:
             raise BadRecord(
                 f"{self.disk}: its lease is about another file (inode {record.disk.inode})",
                 "The image was replaced or copied. When you know that nobody has it open: promoter"
                 f" lease break {self.disk} --epoch {record.epoch} --reason …",
             )
-        return record
+        return seen
 
     def read_any(self) -> LeaseRecord | None:
         """The newest record, even if it is about another file."""
@@ -166,6 +172,13 @@ class LeaseFile:
         data = self.queue.read(name)
         answer = parse(Answer, data, name) if data else None
         return answer if answer and answer.request == asked.request.id else None
+
+    def tell(self, work: Work) -> None:
+        self.epochs.replace(WORK, encode(work))
+
+    def told(self) -> Work | None:
+        data = self.epochs.read(WORK)
+        return parse(Work, data, str(self.epochs.path / WORK)) if data else None
 
     def withdraw(self, ticket: int) -> None:
         self.queue.remove(f"{_name(ticket)}.answer")

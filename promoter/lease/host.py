@@ -15,11 +15,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from promoter.errors import Refused
-from promoter.lease.record import Owner, Stamp
+from promoter.lease.record import LeaseRecord, Owner, Stamp
+from promoter.storage.files import is_flocked
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 MACHINE = Path("/etc/machine-id")
 NAME = re.compile(r"[0-9A-Za-z-]{1,64}")
+HELD_BY = "PROMOTER_LEASES_HELD_BY"
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,13 @@ class Host:
         if owner.pid is None or (owner.host, owner.boot) != (self.name, self.boot):
             return False
         return started_at(owner.pid) == owner.started
+
+    def works(self, record: LeaseRecord) -> bool:
+        """Is an operation of this host at work on the disk?"""
+        operation, owner = record.operation, record.owner
+        if operation is None or owner is None or owner.host != self.name:
+            return False
+        return is_flocked(Path(operation.lock))
 
 
 def this_host(state: Path) -> Host:
@@ -71,6 +80,21 @@ def started_at(pid: int) -> int | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def held_by(owner: Owner) -> str:
+    """What `HELD_BY` is in the environment of what the owner starts, inside of others."""
+    outer = os.environ.get(HELD_BY)
+    return f"{outer + ':' if outer else ''}{owner.pid}.{owner.started}"
+
+
+def runs_under(pid: int, owner: Owner) -> bool:
+    """Was the process ``pid`` started by the owner, directly or not? Raises OSError."""
+    for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+        name, _, value = os.fsdecode(variable).partition("=")
+        if name == HELD_BY:
+            return f"{owner.pid}.{owner.started}" in value.split(":")
+    return False
 
 
 def new_stamp() -> Stamp:

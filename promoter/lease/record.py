@@ -76,6 +76,8 @@ class Step(StrEnum):
     TAKE_OVER = "take over"
     BREAK = "break"
     READERS = "readers"
+    WORK = "work"
+    WORK_DONE = "work done"
 
 
 STEPS: Mapping[tuple[State | None, Step], State] = {
@@ -97,6 +99,9 @@ STEPS: Mapping[tuple[State | None, Step], State] = {
     (State.LOANED, Step.BREAK): State.FREE,
     (State.FREE, Step.READERS): State.FREE,
     (State.HELD, Step.READERS): State.HELD,
+    (State.HELD, Step.WORK): State.HELD,
+    (State.HELD, Step.WORK_DONE): State.HELD,
+    (State.RELEASING, Step.WORK_DONE): State.RELEASING,
 }
 """An absent pair is illegal."""
 
@@ -144,6 +149,18 @@ class Grant:
 
 
 @dataclass(frozen=True)
+class Operation:
+    """What changes the disk while its guest runs: an operation of its owner's host, at work as
+    long as somebody there holds the lock on the file ``lock``.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    id: Identity
+    kind: Text
+    lock: Text
+
+
+@dataclass(frozen=True)
 class Stamp:
     """What tells one writing of a record from another: ``nonce`` is unique, ``wall`` is the
     wall time for people only.
@@ -159,7 +176,10 @@ class LeaseRecord:
 
     ``readers`` are the overlays that read through this disk, as absolute paths. ``lender`` is
     who wants a loaned disk back, with the same bytes. ``request`` is the release request that
-    is being served. ``note`` says why an operator broke a lease.
+    is being served. ``note`` says why an operator broke a lease. ``alternate`` is the file that
+    ``operation`` puts, or has put, in the place of ``disk``, by one rename: either may be found
+    until the operation is over. Whatever ends the owner's holding settles it: then the disk is
+    the one that was found.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -174,6 +194,8 @@ class LeaseRecord:
     request: Identity | None = None
     readers: Annotated[tuple[Text, ...], Field(max_length=4096)] = ()
     note: Text = ""
+    operation: Operation | None = None
+    alternate: DiskIdentity | None = None
 
     def __post_init__(self) -> None:
         if fault := _fault(self):
@@ -195,6 +217,10 @@ def _fault(record: LeaseRecord) -> str:
         return "releasing without a request"
     if record.state is State.LOANED and not (record.lender and record.grant):
         return "loaned without lender and borrower"
+    if record.operation and not owned:
+        return f"{record.state} and worked on"
+    if record.alternate and not record.operation:
+        return "an alternate without an operation"
     return ""
 
 
@@ -238,10 +264,24 @@ class Answer:
     total: Number | None = None
 
 
-Sealed = TypeVar("Sealed", LeaseRecord, Request, Answer)
-KINDS: Mapping[type, str] = {LeaseRecord: "lease", Request: "request", Answer: "answer"}
+@dataclass(frozen=True)
+class Work:
+    """What keeps a disk busy, and how far it is, in bytes."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    operation: Identity
+    name: Text
+    done: Number = 0
+    total: Number = 0
 
 
+Sealed = TypeVar("Sealed", LeaseRecord, Request, Answer, Work)
+KINDS: Mapping[type, str] = {
+    LeaseRecord: "lease",
+    Request: "request",
+    Answer: "answer",
+    Work: "work",
+}
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {}
 
 
@@ -252,7 +292,7 @@ def _adapter(kind: type) -> TypeAdapter[Any]:
     return _ADAPTERS[kind]
 
 
-def encode(value: LeaseRecord | Request | Answer) -> bytes:
+def encode(value: LeaseRecord | Request | Answer | Work) -> bytes:
     """The value as JSON, with format, version and checksum."""
     kind = type(value)
     fields = _adapter(kind).dump_python(value, mode="json")
@@ -330,11 +370,13 @@ def _bad(where: str, why: str) -> NoReturn:
 @dataclass(frozen=True)
 class Closed:
     """Proof that a disk is closed here: the guest has no node of it any more, and a fresh
-    file descriptor found QEMU's lock bytes free.
+    file descriptor found QEMU's lock bytes free. ``idle``: no operation is at work that could
+    put another file in its place.
     """
 
     node_gone: bool
     locks_free: bool
+    idle: bool = True
 
 
 def create(disk: DiskIdentity, owner: Owner, stamp: Stamp) -> LeaseRecord:
@@ -395,13 +437,13 @@ def resume(
 def release(record: LeaseRecord, host: str, request: str, stamp: Stamp) -> LeaseRecord:
     """The owner begins to let go for a request."""
     _expect(_is_host(record.owner, host), "only its owner releases it")
-    return _next(record, Step.RELEASE, stamp, request=request)
+    return _next(record, Step.RELEASE, stamp, request=request, **_work_on(record))
 
 
 def roll_back(record: LeaseRecord, host: str, stamp: Stamp) -> LeaseRecord:
     """The owner could not let go and keeps the disk."""
     _expect(_is_host(record.owner, host), "only its owner keeps it")
-    return _next(record, Step.ROLL_BACK, stamp, request=None)
+    return _next(record, Step.ROLL_BACK, stamp, request=None, **_work_on(record))
 
 
 def free(
@@ -424,10 +466,15 @@ def lend(record: LeaseRecord, host: str, closed: Closed, grant: Grant, stamp: St
 
 
 def take_over(record: LeaseRecord, owner: Owner, evidence: Evidence, stamp: Stamp) -> LeaseRecord:
-    """The disk of an owner that may be dead becomes another's. A borrower's is its lender's."""
+    """The disk of an owner that may be dead becomes another's. A borrower's is its lender's.
+
+    Where an operation was about to put another file in the disk's place, a free image lock does
+    not say that it will not: silence does not suffice there.
+    """
     _expect(evidence.epoch == record.epoch, "the evidence is of another epoch")
     found = verdict(evidence)
     _expect(found is Verdict.TAKE, EXPLAINED[found])
+    _expect(evidence.fenced or not record.alternate, CHANGING)
     lender = record.lender
     _expect(lender is None or lender.host == owner.host, "it is borrowed: its lender's to take")
     return _next(record, Step.TAKE_OVER, stamp, owner=owner, lender=None, request=None)
@@ -452,7 +499,8 @@ def repin(record: LeaseRecord, disk: DiskIdentity) -> LeaseRecord:
 def add_reader(record: LeaseRecord, host: str, overlay: str, stamp: Stamp) -> LeaseRecord:
     """An overlay reads through the disk from now on; its base may not be written any more."""
     _expect_mine_or_free(record, host)
-    return _next(record, Step.READERS, stamp, readers=(*record.readers, overlay))
+    readers = (*record.readers, overlay)
+    return _next(record, Step.READERS, stamp, readers=readers, **_work_on(record))
 
 
 def remove_reader(record: LeaseRecord, host: str, overlay: str, stamp: Stamp) -> LeaseRecord:
@@ -460,7 +508,44 @@ def remove_reader(record: LeaseRecord, host: str, overlay: str, stamp: Stamp) ->
     _expect_mine_or_free(record, host)
     _expect(overlay in record.readers, f"{overlay} does not read through it")
     left = tuple(reader for reader in record.readers if reader != overlay)
-    return _next(record, Step.READERS, stamp, readers=left)
+    return _next(record, Step.READERS, stamp, readers=left, **_work_on(record))
+
+
+def work(
+    record: LeaseRecord,
+    host: str,
+    operation: Operation,
+    stamp: Stamp,
+    alternate: DiskIdentity | None = None,
+) -> LeaseRecord:
+    """An operation of the owner's works on the disk from now on; it may put ``alternate``, a file
+    with the same bytes, in its place. Nobody is given the disk meanwhile.
+    """
+    _expect(_is_host(record.owner, host), "only its owner works on it")
+    other = record.operation
+    if other and other.id != operation.id and record.alternate:
+        raise Illegal(
+            f"{other.kind} {other.id} was interrupted as it changed the disk",
+            f"Finish it first: promoter job resume {other.id}",
+        )
+    return _next(record, Step.WORK, stamp, operation=operation, alternate=alternate)
+
+
+def work_done(record: LeaseRecord, host: str, operation: str, stamp: Stamp) -> LeaseRecord:
+    """The operation is over, whichever file it has left in the disk's place."""
+    _expect(_is_host(record.owner, host), "only its owner works on it")
+    mine = record.operation is not None and record.operation.id == operation
+    _expect(mine, f"operation {operation} does not work on it")
+    return _next(record, Step.WORK_DONE, stamp)
+
+
+def found(record: LeaseRecord, inode: int) -> LeaseRecord | None:
+    """The record when the file ``inode`` lies at the disk's path; None: it is not about that."""
+    if inode == record.disk.inode:
+        return record
+    if record.alternate and inode == record.alternate.inode:
+        return replace(record, disk=record.alternate, alternate=record.disk)
+    return None
 
 
 def _next(record: LeaseRecord, step: Step, stamp: Stamp, **changes: Any) -> LeaseRecord:
@@ -470,7 +555,12 @@ def _next(record: LeaseRecord, step: Step, stamp: Stamp, **changes: Any) -> Leas
     if record.epoch == LAST_EPOCH:
         raise Illegal(f"{step}: epoch {LAST_EPOCH} is the last there is")
     place = {"epoch": record.epoch + 1, "state": state, "nonce": stamp.nonce, "wall": stamp.wall}
-    return replace(record, **{"note": "", **changes, **place})
+    over = {"note": "", "operation": None, "alternate": None}
+    return replace(record, **{**over, **changes, **place})
+
+
+def _work_on(record: LeaseRecord) -> dict[str, Any]:
+    return {"operation": record.operation, "alternate": record.alternate}
 
 
 def _expect(holds: bool, otherwise: str) -> None:
@@ -481,6 +571,7 @@ def _expect(holds: bool, otherwise: str) -> None:
 def _expect_closed(closed: Closed) -> None:
     _expect(closed.node_gone, "the guest still has the disk")
     _expect(closed.locks_free, "QEMU's lock bytes are not free")
+    _expect(closed.idle, "an operation works on it")
 
 
 def _expect_mine_or_free(record: LeaseRecord, host: str) -> None:
@@ -534,6 +625,7 @@ EXPLAINED: Mapping[Verdict, str] = {
     Verdict.NEVER: "its owner is alive and has it open",
     Verdict.OPERATOR: "its owner is alive and does not have it open: ask its operator",
 }
+CHANGING = "an operation of its owner's may still put another file there: fence that host"
 TAKEOVER: Mapping[tuple[Beat, Lock, Storage], Verdict] = {
     (Beat.MOVING, Lock.HELD, Storage.LOCAL): Verdict.NEVER,
     (Beat.MOVING, Lock.HELD, Storage.NETWORK): Verdict.NEVER,
@@ -591,15 +683,6 @@ class Policy(StrEnum):
     DETACH = "detach"
     LOAN = "loan"
     CLOSE = "close"
-
-
-@dataclass(frozen=True)
-class Work:
-    """What keeps a disk busy: a block job, and how far it is."""
-
-    name: str
-    done: int
-    total: int
 
 
 @dataclass(frozen=True)

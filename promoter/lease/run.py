@@ -26,9 +26,10 @@ from promoter.errors import Cancelled, Interrupted, PromoterError, Refused
 from promoter.lease import record as rules
 from promoter.lease.claim import Acquisition, let_go
 from promoter.lease.file import LeaseFile
-from promoter.lease.host import Host, new_stamp
+from promoter.lease.host import HELD_BY, Host, held_by, new_stamp
 from promoter.lease.liveness import BEAT_EVERY, Heartbeat, lock_on
-from promoter.lease.record import Answer, Holding, LeaseRecord, Lock, Policy, Said, State
+from promoter.lease.readers import enter
+from promoter.lease.record import Answer, Holding, LeaseRecord, Lock, Policy, Said, State, Work
 from promoter.lease.release import DiskBusy, detach, shut_down
 from promoter.lease.store import Asked
 
@@ -101,6 +102,7 @@ class LeasedRun:
             await asyncio.to_thread(heart.beat)
         beating = asyncio.create_task(self._beat(), name="heartbeat")
         try:
+            await asyncio.to_thread(self._enter)
             for store in self.stores:
                 await self._acquire(store)
                 self._held.append(store)
@@ -142,6 +144,11 @@ class LeasedRun:
         record = await asyncio.to_thread(self._acquisition.run, self.spec.timeout)
         self.say("acquired", store.disk, f"epoch {record.epoch}")
 
+    def _enter(self) -> None:
+        for store in self.stores:
+            for layer in enter(store.disk, self.host):
+                self.say("reader", layer, f"{store.disk} reads through it")
+
     def _heard(self, store: LeaseFile) -> Callable[[Answer], None]:
         return lambda answer: self.say("answer", store.disk, f"{answer.said} {answer.why}".strip())
 
@@ -149,7 +156,9 @@ class LeasedRun:
         if self._stopping:
             raise Cancelled("cancelled before the command was run", "The disks are free again.")
         try:
-            self._process = await asyncio.create_subprocess_exec(*self.spec.command)
+            self._process = await asyncio.create_subprocess_exec(
+                *self.spec.command, env=os.environ | {HELD_BY: held_by(self.owner)}
+            )
         except OSError as error:
             raise Refused(
                 f"cannot run {self.spec.command[0]}: {error.strerror}", "Nothing was started."
@@ -182,7 +191,8 @@ class LeasedRun:
             if asked.request.epoch + OLD_EPOCHS < record.epoch:
                 store.withdraw(asked.ticket)  # who waits asks again at every epoch
                 continue
-            answer = rules.answer(record, asked.request, Holding(self.host.name, self.spec.policy))
+            holding = Holding(self.host.name, self.spec.policy, self._work(store, record))
+            answer = rules.answer(record, asked.request, holding)
             if answer.said is Said.NOT_OWNER:
                 continue  # its owner's to answer
             if answer.said is Said.ACCEPTED and record.state is State.HELD:
@@ -193,6 +203,17 @@ class LeasedRun:
                 self._loop.call_soon_threadsafe(self._asked.put_nowait, store)
                 record = going
             self._answer(store, asked, answer)
+
+    def _work(self, store: LeaseFile, record: LeaseRecord) -> Work | None:
+        """What an operation does to the disk, as it said last, while it is at work."""
+        if record.operation is None or not self.host.works(record):
+            return None
+        told = None
+        with suppress(PromoterError):  # how far it is: for people
+            told = store.told()
+        if told and told.operation == record.operation.id:
+            return told
+        return Work(record.operation.id, f"{record.operation.kind} {record.operation.id}")
 
     def _answer(self, store: LeaseFile, asked: Asked, answer: Answer) -> None:
         if self._said.get(asked.request.id) != answer:
@@ -273,11 +294,11 @@ class LeasedRun:
 
     async def _wait_until_closed(self, store: LeaseFile) -> None:
         self._stopping = False
-        told = False
-        while lock_on(store.disk) is Lock.HELD:
-            if not told:
-                self.say("waiting", store.disk, "a QEMU still has it open")
-                told = True
+        told = ""
+        while why := self._in_use(store):
+            if why != told:
+                self.say("waiting", store.disk, why)
+                told = why
             if self._stopping:
                 raise Interrupted(
                     f"{store.disk} is still open, its lease is still held",
@@ -285,6 +306,15 @@ class LeasedRun:
                     f" promoter lease release {store.disk}",
                 )
             await asyncio.sleep(ANSWER_EVERY)
+
+    def _in_use(self, store: LeaseFile) -> str:
+        """Why it cannot be freed yet."""
+        if lock_on(store.disk) is Lock.HELD:
+            return "a QEMU still has it open"
+        record = store.read_any()
+        if record and record.operation and self.host.works(record):
+            return f"{record.operation.kind} {record.operation.id} still works on it"
+        return ""
 
     def _free_one(self, store: LeaseFile, *, node_gone: bool = True) -> None:
         freed = let_go(store, self.host, node_gone=node_gone)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from promoter.errors import Unreachable
-from promoter.lease.record import Answer, LeaseRecord, Request
+from promoter.lease.record import Answer, LeaseRecord, Request, Work
 
 
 class CouldNotTell(Unreachable):
@@ -62,6 +62,12 @@ class LeaseStore(Protocol):
 
     def answer_to(self, asked: Asked) -> Answer | None:
         """The answer to a request, if there is one."""
+
+    def tell(self, work: Work) -> None:
+        """Say how far the operation is that works on the disk."""
+
+    def told(self) -> Work | None:
+        """What an operation said last, if any did."""
 
     def withdraw(self, ticket: int) -> None:
         """Take a request and its answer away."""

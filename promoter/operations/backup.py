@@ -32,6 +32,7 @@ from promoter.errors import (
 from promoter.guests.base import Domain, Guest
 from promoter.operations import consolidate, operation, snapshot
 from promoter.operations.journal import Journal, OperationStatus, new_id
+from promoter.operations.leases import Leases
 from promoter.operations.move import Choices, DiskIntent, DomainAddress, Move, Old
 from promoter.operations.moving import MoveOperation, OnProgress, OnStep
 from promoter.operations.outcome import DiskReport
@@ -157,11 +158,12 @@ async def plan(
     directory: Path,
     since: str | None,
     keep: int | None,
+    state: Path,
 ) -> Backup:
     """Plan a backup. Raises `Refused` with the reason, or `Unreachable`."""
     check_directory(directory)
     frozen = new_id()
-    move = (await snapshot.plan(guest, frozen, choices)).move
+    move = (await snapshot.plan(guest, frozen, choices, state)).move
     now = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     if since not in (None, LAST) and len(move.disks) > 1:
         raise Refused("--since names one file, but the guest has several disks", f"Use: {LAST}")
@@ -235,6 +237,7 @@ class BackupOperation:
         self._stopped = False
         self._child: MoveOperation | None = None
         self._copying: asyncio.Task[None] | None = None
+        self._leases = Leases(intent.id, KIND, journal.lock_file(intent.id))
         self._pace = Pace(intent.choices.speed)
         self._reports: dict[str, list[DiskReport]] = {}
         self._began = time.monotonic()
@@ -326,8 +329,10 @@ class BackupOperation:
             case Do.FREEZE:
                 await self._perform(self.intent.frozen, snapshot.plan, self.intent.choices)
             case Do.COPY:
+                await asyncio.to_thread(self._leases.join, self._frozen().disks)
                 await self._copy_unless_cancelled(self.intent.disks[action.disk])
             case Do.MERGE:
+                await asyncio.to_thread(self._leases.leave, self._frozen().disks)
                 await self._perform(self.intent.merged, _plan_merge, self._delta())
             case _:
                 self._prune()
@@ -357,7 +362,7 @@ class BackupOperation:
     async def _perform(
         self,
         identity: str,
-        planner: Callable[[Guest, str, Choices], Awaitable[Plan]],
+        planner: Callable[[Guest, str, Choices, Path], Awaitable[Plan]],
         choices: Choices,
     ) -> None:
         """Begin, or go on with, one of the operations that the backup is made of."""
@@ -366,7 +371,8 @@ class BackupOperation:
             if (entry := self._journal.find(identity)) is None:
                 guest = await self._connect(self.intent)
                 try:
-                    move = (await planner(guest, identity, choices)).move
+                    plan = await planner(guest, identity, choices, self._journal.directory)
+                    move = plan.move
                 except BaseException:
                     await guest.close()
                     raise
@@ -471,8 +477,8 @@ class BackupOperation:
         )
 
 
-async def _plan_merge(guest: Guest, identity: str, choices: Choices) -> Plan:
-    plan = await consolidate.plan(guest, identity, choices)
+async def _plan_merge(guest: Guest, identity: str, choices: Choices, state: Path) -> Plan:
+    plan = await consolidate.plan(guest, identity, choices, state)
     if more := [disk.name for disk in plan.move.disks if len(disk.gone) > 1]:
         raise Refused(
             f"{', '.join(more)}: somebody took another snapshot meanwhile",

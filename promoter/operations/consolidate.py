@@ -17,6 +17,7 @@ from pathlib import Path
 from promoter.chain import BackingChain, Disk, Image
 from promoter.errors import Refused
 from promoter.guests.base import Guest, GuestView
+from promoter.operations.leases import registered
 from promoter.operations.move import Choices, DiskIntent, Kind, Old, Way
 from promoter.operations.plan import (
     Plan,
@@ -44,9 +45,9 @@ from promoter.storage.seed import Geometry, SeedMethod
 from promoter.storage.siblings import Siblings, find_siblings
 
 
-async def plan(guest: Guest, identity: str, choices: Choices) -> Plan:
+async def plan(guest: Guest, identity: str, choices: Choices, state: Path) -> Plan:
     """Plan a consolidation. Raises `Refused` with the reason, or `Unreachable`."""
-    return await make_plan(guest, identity, Kind.CONSOLIDATE, choices, _check, _plan_disk)
+    return await make_plan(guest, identity, Kind.CONSOLIDATE, choices, state, _check, _plan_disk)
 
 
 def _check(view: GuestView, disks: list[Disk], choices: Choices) -> None:
@@ -70,7 +71,8 @@ async def _plan_disk(
     check_local(disk)
     await check_chain(guest, disk)
     assert guest.pid, "its files were checked to be here"
-    siblings = await asyncio.to_thread(find_siblings, view.disks, guest.pid, choices.scan)
+    listed = await asyncio.to_thread(registered, view.disks)
+    siblings = await asyncio.to_thread(find_siblings, view.disks, guest.pid, choices.scan, listed)
     into = _into(disk, choices, siblings)
     if into is None:
         return None

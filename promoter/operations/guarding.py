@@ -40,17 +40,20 @@ async def guarded(
     starting: str | None = None,
     *,
     standing: bool = False,
+    lock_fd: int | None = None,
     limits: tuple[dict[str, Any], ...] = (),
 ) -> AsyncIterator[Pulse]:
     """Have a guard for ``switches``, or for the guest's pause while job ``starting`` starts, or
-    to give it back its ``limits``.
+    to give it back its ``limits``. ``lock_fd`` is the operation's lock: until the guard is done,
+    names may change, and the operation is not over.
     """
+    held = [] if lock_fd is None else [lock_fd]
     spec = guard.GuardSpec(guest.monitor_fd, DEADLINE, switches, starting, standing, limits)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", guard.__name__, to_json(spec)),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        pass_fds=[guest.monitor_fd],
+        pass_fds=[guest.monitor_fd, *held],
         start_new_session=True,
     )
     assert process.stdin and process.stdout

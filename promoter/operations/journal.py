@@ -179,7 +179,7 @@ class Journal:
     @contextmanager
     def hold(self, operation: str) -> Iterator[None]:
         """Own an operation while it runs. Raises `Refused` when another process does."""
-        with (self.directory / f"{operation}.lock").open("a") as lock:
+        with self.lock_file(operation).open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -189,6 +189,10 @@ class Journal:
                 ) from None
             self._locks[operation] = lock.fileno()
             yield
+
+    def lock_file(self, operation: str) -> Path:
+        """The file by whose lock an operation is held while it runs."""
+        return (self.directory / f"{operation}.lock").absolute()
 
     def lock_fd(self, operation: str) -> int:
         """The file descriptor that holds an operation; who inherits it holds it too."""

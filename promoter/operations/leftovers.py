@@ -9,6 +9,7 @@ from pathlib import Path
 from promoter.chain import Image
 from promoter.errors import Unreachable
 from promoter.guests.base import Guest, GuestView
+from promoter.operations.leases import is_listed
 from promoter.operations.move import DiskIntent, Move, Way
 from promoter.storage.files import is_open, sync
 from promoter.storage.images import backing_name
@@ -80,7 +81,8 @@ def call_merged(disk: DiskIntent) -> None:
 def delete_old(disk: DiskIntent) -> None:
     """Remove what was left behind, unless somebody has or names it, the upper ones first."""
     for file in old_files(disk):
-        if file.exists() and not is_open(file) and not is_named_as_backing(file):
+        named = is_named_as_backing(file) or is_listed(file, disk)
+        if file.exists() and not is_open(file) and not named:
             file.unlink()
             sync(file.parent)
 

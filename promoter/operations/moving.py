@@ -43,6 +43,7 @@ from promoter.guests.base import (
 from promoter.guests.bugs import loses_writes_at_start
 from promoter.operations import operation
 from promoter.operations.journal import Journal, OperationStatus
+from promoter.operations.leases import Leases
 from promoter.operations.leftovers import call_merged, delete_old, kept_files, remove_spares
 from promoter.operations.move import (
     FINAL,
@@ -123,7 +124,8 @@ class MoveOperation:
         self.intent = intent
         self._journal = journal
         self._connect = connect
-        self._on_progress = on_progress
+        self._leases = Leases(intent.id, str(intent.kind), journal.lock_file(intent.id))
+        self._show = on_progress
         self._on_step = on_step
         self._guest: Guest | None = None
         self._worker: Worker | None = None
@@ -136,6 +138,7 @@ class MoveOperation:
         self._reports: dict[str, DiskReport] = {}
         self._paces: dict[str, Pace] = {}
         self._slowing = Slowing(lambda: self.intent.limits, self._remember_limits)
+        self._joined = False
         self._paused_in_vain = 0
         self._began = time.monotonic()
 
@@ -158,14 +161,19 @@ class MoveOperation:
         if guest is None:  # a resume: the guard may have put the switchover back
             self._expected_cancels.update(disk.node for disk in self.intent.disks)
             await self._end_pause()
+        telling = asyncio.create_task(self._leases.keep_telling(), name="telling the leases")
         try:
             last = await operation.run(self, self._journal)
+            if last.do in (Do.DONE, Do.GIVE_UP):
+                await asyncio.to_thread(self._leases.leave, self.intent.disks)
         except Interrupted:
             raise
         except PromoterError as error:
             hint = f"{error.hint} Continue: promoter job resume {self.id}".strip()
             raise Interrupted(error.message, hint) from error
         finally:
+            telling.cancel()
+            await asyncio.gather(telling, return_exceptions=True)
             await self._let_go()
             if self._worker:
                 await self._worker.dismiss()
@@ -347,6 +355,9 @@ class MoveOperation:
     async def act(self, action: Action) -> None:
         """Do one action. `cancel` and `stop` end a seed or a wait at once, nothing else."""
         self._on_step(str(action))
+        if action.do in FORWARD and not self._joined:
+            await asyncio.to_thread(self._leases.join, self.intent.disks)
+            self._joined = True
         work = asyncio.create_task(self._do(action), name=str(action))
         self._acting = work if action.do in STOPPABLE else None
         try:
@@ -367,7 +378,8 @@ class MoveOperation:
             hint = f"{error.hint} Continue: promoter job resume {self.id}".strip()
             raise Interrupted(f"{action} did not work: {error.message}", hint) from error
         kinds = {NoSpace: Failure.NO_SPACE, Refused: Failure.REFUSED}
-        self._fail(kinds.get(type(error), Failure.JOB_FAILED), error.message)
+        found = next((kinds[kind] for kind in kinds if isinstance(error, kind)), Failure.JOB_FAILED)
+        self._fail(found, error.message)
 
     def _fail(self, failure: Failure, reason: str) -> None:
         if self.intent.failure is None:
@@ -376,6 +388,10 @@ class MoveOperation:
     def _save(self, intent: Move) -> None:
         self._journal.save(self.id, to_json(intent))
         self.intent = intent
+
+    def _on_progress(self, disk: str, phase: str, progress: Progress) -> None:
+        self._leases.note(disk, phase, progress)
+        self._show(disk, phase, progress)
 
     def _remember_limits(self, disk: str, limits: Mapping[str, int]) -> None:
         self._save(replace(self.intent, limits={**self.intent.limits, disk: limits}))
@@ -423,6 +439,7 @@ class MoveOperation:
             case Do.COMMIT_NAME:
                 await self._name(disk, disk.names.target)
             case Do.PREPARE:
+                await asyncio.to_thread(self._leases.announce, disk)
                 disk.names.prepare()
             case Do.DISCARD if disk.names.remote:
                 await self._discard_remote(index, disk)
@@ -447,6 +464,10 @@ class MoveOperation:
     def _alive(self) -> Guest:
         assert self._guest, "only a guest that is there is acted upon"
         return self._guest
+
+    @property
+    def _lock_fd(self) -> int:
+        return self._journal.lock_fd(self.id)
 
     @property
     def _plain(self) -> PlainGuest:
@@ -585,7 +606,7 @@ class MoveOperation:
         if ready[0].way is Way.MIRROR and not self.intent.domain:
             for disk in ready if background else ():
                 await self._plain.write_blocking(disk.node)
-            await switch_over(self._plain, ready)
+            await switch_over(self._plain, ready, self._lock_fd)
             return
         running = await self._alive.status() == "running"
         longest = self.intent.choices.max_pause if ready[0].commits and running else None
@@ -611,8 +632,8 @@ class MoveOperation:
             work = Work(domain, running, pivot=definitions(ready), settle=longest)
             return (await self._while_suspended(work)).pause
         if longest is not None:
-            return await switch_over_standing(self._plain, ready, longest)
-        await switch_over(self._plain, ready)
+            return await switch_over_standing(self._plain, ready, longest, self._lock_fd)
+        await switch_over(self._plain, ready, self._lock_fd)
         return None
 
     async def _snapshot(self) -> None:
@@ -640,7 +661,7 @@ class MoveOperation:
         if not self.intent.domain:
             await self._let_go()
         worker, self._worker = self._worker or await Worker.start(), None
-        return await worker.do(work, self._journal.lock_fd(self.id))
+        return await worker.do(work, self._lock_fd)
 
     async def _name(self, disk: DiskIntent, file: Path | None) -> None:
         """Have the next boot open the disk's old file or its new one."""
@@ -772,6 +793,7 @@ class MoveOperation:
             await asyncio.to_thread(call_merged, disk)
             if self.intent.choices.old is Old.DELETE:
                 await asyncio.to_thread(delete_old, disk)
+            await asyncio.to_thread(self._leases.take_off_readers, disk)
             report = self._report(disk)
             report.duration_s = time.monotonic() - self._began
         self._save(replace(self.intent, tidied=True))

@@ -5,6 +5,7 @@ What the operations have in common; each has its own rules in its own module.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from promoter.chain import BackingChain, Disk, DiskOptions, FileStamp, Image
 from promoter.errors import Refused
 from promoter.guests.base import Domain, Guest, GuestView
 from promoter.guests.bugs import loses_writes_at_start, unmaps_wrongly
+from promoter.operations.leases import check_leases
 from promoter.operations.move import Choices, DiskIntent, DomainAddress, Kind, Move, Way
 from promoter.operations.preflight import (
     check_device,
@@ -60,10 +62,14 @@ async def make_plan(
     identity: str,
     kind: Kind,
     choices: Choices,
+    state: Path,
     check: Callable[[GuestView, list[Disk], Choices], None],
     plan_one: PlanDisk,
 ) -> Plan:
-    """Plan an operation: ``check`` the guest, then ``plan_one`` disk after the other."""
+    """Plan an operation: ``check`` the guest, then ``plan_one`` disk after the other.
+
+    ``state`` is the state directory, which says who this host is.
+    """
     view = await guest.look()
     check_guest(view, guest.name)
     disks = select_disks(view, choices.disks)
@@ -76,6 +82,7 @@ async def make_plan(
         await check_domain(guest, view)
     check_targets(intents)
     check_space(intents)
+    await asyncio.to_thread(check_leases, intents, choices.old, guest.pid, state)
     address = DomainAddress(guest.uri, guest.uuid) if isinstance(guest, Domain) else None
     changed = {intent.key for intent in intents}
     return Plan(

@@ -52,9 +52,9 @@ from promoter.storage.seed import (
 )
 
 
-async def plan(guest: Guest, identity: str, choices: Choices) -> Plan:
+async def plan(guest: Guest, identity: str, choices: Choices, state: Path) -> Plan:
     """Plan a promotion. Raises `Refused` with the reason, or `Unreachable`."""
-    return await make_plan(guest, identity, Kind.PROMOTE, choices, _check, plan_disk)
+    return await make_plan(guest, identity, Kind.PROMOTE, choices, state, _check, plan_disk)
 
 
 def _check(view: GuestView, disks: list[Disk], choices: Choices) -> None:

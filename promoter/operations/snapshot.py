@@ -44,9 +44,9 @@ ROOM = 1 << 20
 DELTA = re.compile(r"\.delta-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}$")
 
 
-async def plan(guest: Guest, identity: str, choices: Choices) -> Plan:
+async def plan(guest: Guest, identity: str, choices: Choices, state: Path) -> Plan:
     """Plan a snapshot. Raises `Refused` with the reason, or `Unreachable`."""
-    made = await make_plan(guest, identity, Kind.SNAPSHOT, choices, _check, _plan_disk)
+    made = await make_plan(guest, identity, Kind.SNAPSHOT, choices, state, _check, _plan_disk)
     if choices.quiesce:
         await quiesce.check(guest)
     return made

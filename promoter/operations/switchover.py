@@ -30,24 +30,25 @@ class TooSlow(JobFailed):
     """What was left to copy did not fit into the pause; nothing has changed."""
 
 
-async def switch_over(guest: PlainGuest, disks: Sequence[DiskIntent]) -> None:
-    """Move every ready disk to its target. All jobs have ended when this returns.
+async def switch_over(guest: PlainGuest, disks: Sequence[DiskIntent], lock_fd: int) -> None:
+    """Move every ready disk to its target. All jobs have ended when this returns. ``lock_fd`` is
+    the operation's lock.
 
     Raises `JobFailed` when disks were put back; `ConnectionLost` when the guest went away.
     """
-    async with guarded(guest, _switches(disks)) as alive:
+    async with guarded(guest, _switches(disks), lock_fd=lock_fd) as alive:
         await _switch_over(guest, disks, alive)
 
 
 async def switch_over_standing(
-    guest: PlainGuest, disks: Sequence[DiskIntent], pause: float
+    guest: PlainGuest, disks: Sequence[DiskIntent], pause: float, lock_fd: int
 ) -> float:
     """The same for jobs that copy behind the guest's writes: its CPUs stop meanwhile; for how
     many seconds.
 
     Raises `TooSlow` when what is left is not copied within ``pause`` seconds.
     """
-    async with guarded(guest, _switches(disks), standing=True) as alive:
+    async with guarded(guest, _switches(disks), standing=True, lock_fd=lock_fd) as alive:
         began = time.monotonic()
         await guest.stop()
         try:

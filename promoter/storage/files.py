@@ -81,6 +81,23 @@ def _busy(fd: int, byte: int) -> bool:
     return struct.unpack(layout, answer)[0] != fcntl.F_UNLCK  # type: ignore[no-any-return]
 
 
+def is_flocked(path: Path) -> bool:
+    """Does a process of this host hold the file by flock(2), or can that not be known?"""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
 def is_open(path: Path) -> bool:
     """Does any process that we may look into have the file open?"""
     wanted = stamp(path)

@@ -7,6 +7,7 @@ An image that somebody else reads through must not be written into. Looked for a
   that promoter has merged, and called so, reads nothing any more. An
   overlay on an overlay counts, and an image that shares an external data file. Files are told
   apart by device and inode, never by name;
+* overlays that a layer's lease lists (`Registered`), also those that cannot be found here;
 * processes that have the image open, by ``/proc/*/fd``; loop devices; and QEMU's image locks
   (``/proc/locks``) of processes that cannot be seen, such as another container's.
 
@@ -68,13 +69,15 @@ class Reader:
     ``path`` is an overlay on it, whether directly or through others, or an image that shares
     its data file; None for a holder of which no overlay was found. ``disk`` is another disk of
     the same guest, ``path`` then its active layer. ``aside``: an old overlay that promoter
-    kept, to go back to. ``holders`` have it open: the overlay runs.
+    kept, to go back to. ``holders`` have it open: the overlay runs. ``listed``: a lease says so,
+    whether the overlay can be found here or not.
     """
 
     path: Path | None
     disk: str | None = None
     aside: bool = False
     holders: tuple[Holder, ...] = ()
+    listed: bool = False
 
     def __str__(self) -> str:
         held = " and ".join(map(str, self.holders))
@@ -82,6 +85,7 @@ class Reader:
             return held
         notes = [f"{self.disk} of this guest"] if self.disk else []
         notes += ["kept by promoter"] if self.aside else []
+        notes += ["listed in a lease"] if self.listed else []
         notes += [f"open in {held}"] if held else []
         name = printable(str(self.path))
         return f"{name} ({', '.join(notes)})" if notes else name
@@ -99,6 +103,17 @@ class Unreadable:
 
 
 @dataclass(frozen=True)
+class Registered:
+    """The overlays that are said to read through a file, by whoever keeps a list of them."""
+
+    readers: Mapping[Path, Collection[Path]]
+    unreadable: tuple[Unreadable, ...] = ()
+
+
+NOBODY = Registered({})
+
+
+@dataclass(frozen=True)
 class Siblings:
     """The readers of each image of each disk, by the disk's key and the image's node."""
 
@@ -109,7 +124,12 @@ class Siblings:
         return self.readers[disk.key, image.node]
 
 
-def find_siblings(disks: Sequence[Disk], pid: int, scan: Collection[Path] = ()) -> Siblings:
+def find_siblings(
+    disks: Sequence[Disk],
+    pid: int,
+    scan: Collection[Path] = (),
+    registered: Registered = NOBODY,
+) -> Siblings:
     """Look for whoever else reads an image of a guest's disks. Blocks: for a thread.
 
     ``pid`` is the guest's own QEMU, on this host. ``scan`` has directories to look through
@@ -121,6 +141,8 @@ def find_siblings(disks: Sequence[Disk], pid: int, scan: Collection[Path] = ()) 
     for directory in _directories(disks):
         overlays.scan(directory, deep=False)
     chains = {disk.key: overlays.take(disk.chain) for disk in disks}
+    for file, readers in registered.readers.items():
+        overlays.register(file, readers)
     above = [overlays.above(ids) for chain in chains.values() for ids in chain]
     held = _Held(pid)
     own = frozenset(file for chain in chains.values() for ids in chain for file in ids)
@@ -130,7 +152,8 @@ def find_siblings(disks: Sequence[Disk], pid: int, scan: Collection[Path] = ()) 
         for disk in disks
         for image, ids in zip(disk.chain, chains[disk.key], strict=True)
     }
-    return Siblings(found, (*overlays.unreadable, *held.unreadable))
+    unreadable = (*registered.unreadable, *overlays.unreadable, *held.unreadable)
+    return Siblings(found, unreadable)
 
 
 def printable(name: str) -> str:
@@ -156,7 +179,10 @@ def _readers(
             files -= its
     named = sorted(((overlays.name(file), file) for file in files), key=lambda found: found[0])
     for (aside, path), file in named:
-        yield Reader(path, aside=aside, holders=held.by(file))
+        listed = overlays.is_listed(file)
+        yield Reader(path, aside=aside, holders=held.by(file), listed=listed)
+    for path in overlays.not_found(ids | above):
+        yield Reader(path, listed=True)
     of_overlays = {holder for file in above - own for holder in held.by(file)} | {held.own}
     for holder in dict.fromkeys(holder for file in ids for holder in held.by(file)):
         if holder not in of_overlays:
@@ -193,6 +219,8 @@ class _Overlays:
         self._scanned: set[FileId] = set()
         self._unread: list[tuple[Path, FileId]] = []
         self._real: dict[Path, Path] = {}
+        self._listed: set[FileId] = set()
+        self._not_found: dict[FileId, list[Path]] = defaultdict(list)
 
     @property
     def unreadable(self) -> tuple[Unreadable, ...]:
@@ -235,6 +263,23 @@ class _Overlays:
                 self._link(upper, ids)
             taken.append(ids)
         return tuple(taken)
+
+    def register(self, file: Path, readers: Iterable[Path]) -> None:
+        """Take it as said that these read through the file."""
+        lower = self._look_at(file)
+        for reader in readers if lower else ():
+            if upper := self._look_at(reader):
+                self._listed.add(upper)
+                self._link(upper, [lower])
+            elif lower:
+                self._not_found[lower].append(reader)
+
+    def is_listed(self, file: FileId) -> bool:
+        return file in self._listed
+
+    def not_found(self, ids: frozenset[FileId]) -> list[Path]:
+        """The readers of one of these files that were listed and are not here."""
+        return sorted({path for file in ids for path in self._not_found[file]})
 
     def above(self, ids: frozenset[FileId]) -> frozenset[FileId]:
         """Everything that reads through one of these files."""
