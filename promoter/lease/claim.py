@@ -16,7 +16,7 @@ from promoter.errors import Cancelled, LeaseHeld, Refused
 from promoter.lease import record as rules
 from promoter.lease.bell import Bell
 from promoter.lease.credentials import Credentials
-from promoter.lease.file import LeaseFile
+from promoter.lease.file import WATCH_EVERY, LeaseFile
 from promoter.lease.host import Host, new_request_id, new_stamp
 from promoter.lease.liveness import Clock, Observer, boot_clock, fence, lock_on, storage_of
 from promoter.lease.record import (
@@ -174,6 +174,8 @@ class Asking:
         else:
             withdraw_orphans(self._store, self._host)
             self._asked = Asked(self._store.ask(request), request)
+        if self._store.ledger:
+            self._store.ledger.asked(self._store.disk, record, request)
         if self._bell and record.owner:
             self._bell.ring(record.owner, record.disk.uuid, request)
 
@@ -184,7 +186,7 @@ class Asking:
     def wait(self, epoch: int, timeout: float) -> None:
         """Until there may be news: an answer, or an epoch after ``epoch``."""
         if self._bell and self._bell.rings:
-            self._bell.wait(timeout)
+            self._bell.wait(min(timeout, WATCH_EVERY))
         else:
             self._store.watch(epoch, timeout)
 

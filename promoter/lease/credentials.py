@@ -80,6 +80,10 @@ class Credentials:
                 f"Make another: promoter agent init --host {host} …",
             )
 
+    def load(self) -> None:
+        """Load now what checks signatures: it takes longer than to let go of a disk."""
+        from promoter.lease import signing  # noqa: F401
+
     def sign(self, request: Request, disk: str) -> Request:
         """The request with the proof that it is this host's."""
         from promoter.lease import signing

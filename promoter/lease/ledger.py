@@ -1,7 +1,8 @@
 """What this host holds and what became of it: for its agent, and for people.
 
     STATE/held/DISK    the path of a disk that this host holds, by the name its lease gives it
-    STATE/audit.log    one JSON object a line: each step of a lease, each refusal
+    STATE/audit.log    one JSON object a line: each step of a lease, each request of
+                       this host's, each refusal
 
 Both only tell. The lease beside the disk is the truth: what was written there is done, even
 where it could not be told of here.
@@ -18,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from promoter.lease.record import LeaseRecord, Owner
+from promoter.lease.record import LeaseRecord, Owner, Request
 
 REFUSALS_A_SECOND = 10.0
 MOST_REFUSALS = 100.0
@@ -86,6 +87,11 @@ class Ledger:
             with suppress(FileNotFoundError):
                 found[entry.name] = Path(entry.read_text())
         return found
+
+    def asked(self, disk: Path, record: LeaseRecord, request: Request) -> None:
+        """This host has asked for a disk."""
+        owner, mine = _name(record.owner), request.id
+        self._say("asked", disk=str(disk), epoch=record.epoch, owner=owner, request=mine)
 
     def refused(self, why: str, **about: Any) -> None:
         """Somebody asked and was refused. In a flood some are left out, and counted."""

@@ -182,6 +182,8 @@ class LeasedRun:
             raise Refused(
                 f"cannot run {self.spec.command[0]}: {error.strerror}", "Nothing was started."
             ) from error
+        if self.credentials:
+            await asyncio.to_thread(self.credentials.load)
         async with asyncio.TaskGroup() as tasks:
             serving = [
                 tasks.create_task(self._serve(store), name=f"requests for {store.disk}")
