@@ -105,7 +105,7 @@ class Credentials:
                 request.proof.signature,
                 to_sign(request, disk),
             )
-        except signing.NOT_PROVED as error:
+        except signing.NotProved as error:
             raise Untrusted(f"the request's signature does not prove who asks: {error}") from error
         peer = peer_of(names)
         if peer.host != request.requester.host:

@@ -6,14 +6,18 @@ Imported only where there are certificates: it is slow to load.
 from __future__ import annotations
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePrivateKey
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey as PublicKey
+from cryptography.hazmat.primitives.asymmetric.ec import (
+    ECDSA,
+    EllipticCurvePrivateKey,
+    EllipticCurvePublicKey,
+)
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
+from cryptography.x509.verification import PolicyBuilder, Store
 
-NOT_PROVED = (ValueError, VerificationError, InvalidSignature, UnsupportedAlgorithm)
+
+class NotProved(Exception):
+    """A signature proves nothing."""
 
 
 def sign(key: bytes, data: bytes) -> str:
@@ -27,17 +31,24 @@ def sign(key: bytes, data: bytes) -> str:
 def names_of(ca: bytes, certificate: bytes, signature: str, data: bytes) -> list[str]:
     """The URIs that the certificate of the signer of ``data`` is for.
 
-    Raises one of `NOT_PROVED` when the signature is not that of a certificate that is valid
-    now, by the authority ``ca``.
+    Raises `NotProved` when the signature is not that of a certificate that is valid now, by the
+    authority ``ca``.
     """
-    leaf = x509.load_pem_x509_certificate(certificate)
     authorities = Store(x509.load_pem_x509_certificates(ca))
-    PolicyBuilder().store(authorities).build_client_verifier().verify(leaf, [])
+    try:
+        leaf = x509.load_pem_x509_certificate(certificate)
+        PolicyBuilder().store(authorities).build_client_verifier().verify(leaf, [])
+        _check(leaf, bytes.fromhex(signature), data)
+        return names_in(certificate)
+    except Exception as error:  # the library has many for what is hostile, not all documented
+        raise NotProved(str(error) or type(error).__name__) from error
+
+
+def _check(leaf: x509.Certificate, signature: bytes, data: bytes) -> None:
     public = leaf.public_key()
-    if not isinstance(public, PublicKey):
-        raise ValueError("not a key of an elliptic curve")  # noqa: TRY004
-    public.verify(bytes.fromhex(signature), data, ECDSA(SHA256()))
-    return names_in(certificate)
+    if not isinstance(public, EllipticCurvePublicKey):
+        raise NotProved("not a key of an elliptic curve")
+    public.verify(signature, data, ECDSA(SHA256()))
 
 
 def names_in(certificate: bytes) -> list[str]:
