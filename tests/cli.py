@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 
@@ -30,11 +32,17 @@ class Ran:
         return self.lines[-1]
 
 
-def start(state: Path, *words: object, module: str = "promoter") -> subprocess.Popen[str]:
-    """Start ``promoter WORDS`` with its journal in ``state``."""
+def start(
+    state: Path,
+    *words: object,
+    module: str = "promoter",
+    enter: Sequence[object] = (),
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> subprocess.Popen[str]:
+    """Start ``promoter WORDS`` with its journal in ``state``, by the command ``enter`` if given."""
     return subprocess.Popen(
-        [sys.executable, "-m", module, *map(str, words)],
-        env={**os.environ, "PROMOTER_STATE_DIR": str(state)},
+        [*map(str, enter), sys.executable, "-m", module, *map(str, words)],
+        env={**os.environ, "PROMOTER_STATE_DIR": str(state), **environment},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

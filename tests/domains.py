@@ -113,20 +113,20 @@ class Libvirtd:
         """Runs the daemon; it answers when this returns."""
         config = ("-f", str(self.directory / "libvirtd.conf"))
         self._daemon = self._run(
-            *NICE, *self._enter, "libvirtd", *config, "-p", str(self._sockets / "pid")
+            *NICE, *self.enter, "libvirtd", *config, "-p", str(self._sockets / "pid")
         )
         wait_for(self._answers, "libvirtd", 30)
 
     @property
-    def _enter(self) -> tuple[str, ...]:
+    def enter(self) -> tuple[str, ...]:
         return ("nsenter", "--target", str(self._holder.pid), "--mount")
 
     @contextmanager
     def seeing(self, directory: Path, at: Path) -> Iterator[None]:
         """The daemon and its QEMUs see `directory` as `at`, which here is something else."""
-        subprocess.run([*self._enter, "mount", "--bind", directory, at], check=True)
+        subprocess.run([*self.enter, "mount", "--bind", directory, at], check=True)
         yield
-        subprocess.run([*self._enter, "umount", "--lazy", at], check=True)
+        subprocess.run([*self.enter, "umount", "--lazy", at], check=True)
 
     @property
     def pid(self) -> int:

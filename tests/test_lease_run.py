@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ from tests.vm import VM, Bus, Disk, ack_count, base, blank, linked_clone, wait_f
 
 
 class LeasingHost:
-    """A host of the tests': a name and a state directory. Its runs end with the test."""
+    """A host of the tests': a name and a state directory, and the command that enters it.
+    Its runs end with the test.
+    """
 
-    def __init__(self, directory: Path, name: str) -> None:
-        self.name, self.state = name, directory / name
+    def __init__(self, directory: Path, name: str, enter: Sequence[object] = ()) -> None:
+        self.name, self.state, self.enter = name, directory / name, enter
         self.state.mkdir()
         (self.state / "host-id").write_text(name)
         self.running: list[subprocess.Popen[str]] = []
@@ -42,7 +44,8 @@ class LeasingHost:
     def run(self, disk: Path, policy: str, *words: object, **options: object) -> Running:
         options = {"policy": policy, "timeout": 60} | options
         given = [word for name, value in options.items() for word in (f"--{name}", value)]
-        process = start(self.state, "run", "--disk", disk, *given, "--json", "--", *words)
+        arguments = ("run", "--disk", disk, *given, "--json", "--", *words)
+        process = start(self.state, *arguments, enter=self.enter)
         self.running.append(process)
         return Running(process)
 

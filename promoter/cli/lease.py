@@ -18,8 +18,10 @@ from promoter.cli.output import choose
 from promoter.cli.tree import human_bytes
 from promoter.lease import claim
 from promoter.lease.claim import Acquisition, describe
+from promoter.lease.credentials import Credentials
 from promoter.lease.file import LeaseFile
-from promoter.lease.host import this_host
+from promoter.lease.host import Host, this_host
+from promoter.lease.ledger import Ledger
 from promoter.lease.readers import enter, forget
 from promoter.lease.record import Answer, LeaseRecord, Policy
 from promoter.lease.run import LeasedRun, RunSpec
@@ -81,6 +83,11 @@ def _finish(work: Callable[[], None], *, as_json: bool) -> None:
     running.finish(call(), choose(as_json=as_json, quiet=False, verbose=False))
 
 
+def _open(disk: Path, state: Path) -> tuple[LeaseFile, Host]:
+    host = this_host(state)
+    return LeaseFile(disk, Ledger(state, host.name)), host
+
+
 def describe_record(record: LeaseRecord | None) -> str:
     """A lease in one line."""
     if record is None:
@@ -135,10 +142,11 @@ def acquire(disk: Disk, state: State, timeout: Timeout = 30, as_json: Json = Fal
     voice = Voice(as_json=as_json)
 
     def work() -> None:
-        store, host = LeaseFile(disk), this_host(state)
+        store, host = _open(disk, state)
         heard = voice.answer(store.disk)
         enter(store.disk, host)
-        record = Acquisition(store, host, host.owner(), heard=heard).run(timeout)
+        mine, credentials = host.owner(), Credentials.of(state)
+        record = Acquisition(store, host, mine, credentials=credentials, heard=heard).run(timeout)
         voice.result(
             "lease acquire", store.disk, record, f"{store.disk}: {describe_record(record)}"
         )
@@ -152,8 +160,8 @@ def release(disk: Disk, state: State, as_json: Json = False) -> None:
     voice = Voice(as_json=as_json)
 
     def work() -> None:
-        store = LeaseFile(disk)
-        record = claim.release(store, this_host(state))
+        store, host = _open(disk, state)
+        record = claim.release(store, host)
         voice.result(
             "lease release", store.disk, record, f"{store.disk}: {describe_record(record)}"
         )
@@ -167,8 +175,9 @@ def request(disk: Disk, state: State, timeout: Timeout = 30, as_json: Json = Fal
     voice = Voice(as_json=as_json)
 
     def work() -> None:
-        store, host = LeaseFile(disk), this_host(state)
-        record = claim.request(store, host, timeout, voice.answer(store.disk))
+        store, host = _open(disk, state)
+        heard = voice.answer(store.disk)
+        record = claim.request(store, host, Credentials.of(state), timeout, heard)
         voice.result(
             "lease request", store.disk, record, f"{store.disk}: {describe_record(record)}"
         )
@@ -210,8 +219,8 @@ def break_lease(
     voice = Voice(as_json=as_json)
 
     def work() -> None:
-        store = LeaseFile(disk)
-        record, _ = claim.break_lease(store, epoch, reason, this_host(state), state)
+        store, host = _open(disk, state)
+        record, _ = claim.break_lease(store, epoch, reason, host, state)
         voice.result("lease break", store.disk, record, f"{store.disk}: {describe_record(record)}")
 
     _finish(work, as_json=as_json)
@@ -244,7 +253,9 @@ def run(
 
     async def work() -> None:
         spec = RunSpec(tuple(disks), tuple(command), policy, qmp, timeout)
-        codes.append(await LeasedRun(spec, this_host(state), say).run())
+        host = this_host(state)
+        ledger, credentials = Ledger(state, host.name), Credentials.of(state)
+        codes.append(await LeasedRun(spec, host, ledger, credentials, say).run())
 
     running.finish(work(), choose(as_json=as_json, quiet=False, verbose=False))
     raise typer.Exit(codes[0])

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from promoter.cli import lease, run
+from promoter.cli import agent, hook, lease, run
 from promoter.cli.output import choose
 from promoter.guests.base import DEFAULT_URI
 from promoter.operations import consolidate as consolidation
@@ -28,6 +28,8 @@ app = typer.Typer(
 job_app = typer.Typer(help="Operations, running and past.", no_args_is_help=True)
 app.add_typer(job_app, name="job")
 app.add_typer(lease.lease_app, name="lease")
+app.add_typer(agent.agent_app, name="agent")
+app.add_typer(hook.hook_app, name="hook")
 app.command("run")(lease.run)
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

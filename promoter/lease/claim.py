@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -15,7 +14,9 @@ from pathlib import Path
 
 from promoter.errors import Cancelled, LeaseHeld, Refused
 from promoter.lease import record as rules
-from promoter.lease.file import LeaseFile
+from promoter.lease.bell import Bell
+from promoter.lease.credentials import Credentials
+from promoter.lease.file import WATCH_EVERY, LeaseFile
 from promoter.lease.host import Host, new_request_id, new_stamp
 from promoter.lease.liveness import Clock, Observer, boot_clock, fence, lock_on, storage_of
 from promoter.lease.record import (
@@ -51,13 +52,14 @@ class Acquisition:
         host: Host,
         owner: Owner,
         *,
+        credentials: Credentials | None = None,
         heard: Heard = _ignore,
         clock: Clock = boot_clock,
     ) -> None:
         self.store, self.host, self.owner = store, host, owner
         self._heard, self._clock = heard, clock
+        self._asking = Asking(store, host, credentials)
         self._observer = Observer(store, store.disk, clock)
-        self._asked: Asked | None = None
         self._answer: Answer | None = None
         self._patient_until = 0.0
         self._cancelled = threading.Event()
@@ -83,11 +85,10 @@ class Acquisition:
                 left = deadline - self._clock()
                 if left <= 0:
                     raise self._held(record)
-                self.store.watch(record.epoch, min(LOOK_EVERY, left))
+                self._asking.wait(record.epoch, min(LOOK_EVERY, left))
             raise Cancelled("cancelled while waiting for a disk", "Its lease is as it was.")
         finally:
-            if self._asked:
-                self.store.withdraw(self._asked.ticket)
+            self._asking.withdraw()
 
     def attempt(self, record: LeaseRecord | None) -> LeaseRecord | None:
         """Claim it if the rules allow that now; the record that is ours then."""
@@ -131,33 +132,68 @@ class Acquisition:
 
     def _ask(self, record: LeaseRecord) -> None:
         """Hear what the owner says, and ask whoever holds the disk now."""
-        answer = self.store.answer_to(self._asked) if self._asked else None
+        answer = self._asking.answer()
         if answer and answer != self._answer:
             self._answer = answer
             self._heard(answer)
             self._patient_until = self._clock() + (answer.retry_after or 0)
         if answer and answer.said is Said.REFUSED:
             raise self._held(record)
-        asked_for = self._asked.request.epoch if self._asked else 0
-        may_ask = record.epoch != asked_for and self._clock() >= self._patient_until
+        may_ask = record.epoch != self._asking.epoch and self._clock() >= self._patient_until
         if record.state is State.HELD and may_ask:
-            self._send(_new_request(record, self.host))
-
-    def _send(self, request: Request) -> None:
-        if self._asked:
-            self._asked = replace(self._asked, request=request)
-            self.store.renew(self._asked)
-        else:
-            withdraw_orphans(self.store, self.host)
-            self._asked = Asked(self.store.ask(request), request)
+            self._asking.ask(record)
 
     def _held(self, record: LeaseRecord) -> LeaseHeld:
         return held(self.store, record, self._observer.evidence(record), self._answer)
 
 
-def _new_request(record: LeaseRecord, host: Host) -> Request:
-    me = host.owner(process=os.getpid())
-    return Request(new_request_id(), record.epoch, me, new_stamp().wall)
+class Asking:
+    """A place in a disk's queue, signed where this host has a certificate; and its owner's agent
+    is told of it, where it has one.
+    """
+
+    def __init__(self, store: LeaseFile, host: Host, credentials: Credentials | None) -> None:
+        self._store, self._host, self._credentials = store, host, credentials
+        self._bell = Bell(credentials, store.ledger) if credentials else None
+        self._asked: Asked | None = None
+
+    @property
+    def epoch(self) -> int:
+        """What was asked for last; 0: nothing."""
+        return self._asked.request.epoch if self._asked else 0
+
+    def ask(self, record: LeaseRecord) -> None:
+        """Ask the owner of the disk, at the same place in the queue."""
+        me = self._host.owner(process=os.getpid())
+        request = Request(new_request_id(), record.epoch, me, new_stamp().wall)
+        if self._credentials:
+            request = self._credentials.sign(request, record.disk.uuid)
+        if self._asked:
+            self._asked = replace(self._asked, request=request)
+            self._store.renew(self._asked)
+        else:
+            withdraw_orphans(self._store, self._host)
+            self._asked = Asked(self._store.ask(request), request)
+        if self._store.ledger:
+            self._store.ledger.asked(self._store.disk, record, request)
+        if self._bell and record.owner:
+            self._bell.ring(record.owner, record.disk.uuid, request)
+
+    def answer(self) -> Answer | None:
+        """What the owner has answered so far."""
+        return self._store.answer_to(self._asked) if self._asked else None
+
+    def wait(self, epoch: int, timeout: float) -> None:
+        """Until there may be news: an answer, or an epoch after ``epoch``."""
+        if self._bell and self._bell.rings:
+            self._bell.wait(min(timeout, WATCH_EVERY))
+        else:
+            self._store.watch(epoch, timeout)
+
+    def withdraw(self) -> None:
+        """Leave the queue."""
+        if self._asked:
+            self._store.withdraw(self._asked.ticket)
 
 
 def withdraw_orphans(store: LeaseFile, host: Host) -> None:
@@ -168,7 +204,9 @@ def withdraw_orphans(store: LeaseFile, host: Host) -> None:
             store.withdraw(asked.ticket)
 
 
-def request(store: LeaseFile, host: Host, timeout: float, heard: Heard) -> LeaseRecord:
+def request(
+    store: LeaseFile, host: Host, credentials: Credentials | None, timeout: float, heard: Heard
+) -> LeaseRecord:
     """Ask a disk's owner to let go, and wait ``timeout`` seconds for it; the free lease.
 
     Raises `LeaseHeld` when the disk stays its owner's.
@@ -176,30 +214,29 @@ def request(store: LeaseFile, host: Host, timeout: float, heard: Heard) -> Lease
     record = _existing(store)
     if record.owner is None:
         return record
-    withdraw_orphans(store, host)
-    asking = _new_request(record, host)
-    asked = Asked(store.ask(asking), asking)
+    asking = Asking(store, host, credentials)
     try:
-        answer = _final_answer(store, asked, timeout, heard)
+        asking.ask(record)
+        answer = _final_answer(asking, timeout, heard)
     finally:
-        store.withdraw(asked.ticket)
+        asking.withdraw()
     now = _existing(store)
     if answer is None or answer.said is not Said.RELEASED:
         raise held(store, now, Observer(store, store.disk).evidence(now), answer)
     return now
 
 
-def _final_answer(store: LeaseFile, asked: Asked, timeout: float, heard: Heard) -> Answer | None:
+def _final_answer(asking: Asking, timeout: float, heard: Heard) -> Answer | None:
     last: Answer | None = None
     deadline = boot_clock() + timeout
     while boot_clock() < deadline:
-        answer = store.answer_to(asked)
+        answer = asking.answer()
         if answer and answer != last:
             last = answer
             heard(answer)
         if answer and answer.said is not Said.ACCEPTED:
             return answer
-        time.sleep(ANSWER_EVERY)
+        asking.wait(asking.epoch + 1, ANSWER_EVERY)
     return last
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from promoter.errors import PromoterError, Refused
 from promoter.lease.directory import SharedDirectory
+from promoter.lease.ledger import Ledger
 from promoter.lease.record import (
     Answer,
     BadRecord,
@@ -41,9 +42,12 @@ WATCH_EVERY = 0.1
 
 
 class LeaseFile:
-    """The lease of the file at ``disk``. Raises `Refused` when that is no regular file."""
+    """The lease of the file at ``disk``. Raises `Refused` when that is no regular file.
 
-    def __init__(self, disk: Path) -> None:
+    What is written is told to the ``ledger``.
+    """
+
+    def __init__(self, disk: Path, ledger: Ledger | None = None) -> None:
         try:
             self.disk = disk.resolve(strict=True)
         except (OSError, RuntimeError) as error:
@@ -53,6 +57,7 @@ class LeaseFile:
         self.epochs = SharedDirectory(self.disk.with_name(f"{self.disk.name}.lease.d"))
         self.queue = SharedDirectory(self.epochs.path / "requests")
         self.hosts = hosts_of(self.disk.parent)
+        self.ledger = ledger
         self._seen = 0  # the newest epoch so far: before it nothing needs to be looked at again
 
     def identity(self, uuid: str) -> DiskIdentity:
@@ -129,6 +134,8 @@ class LeaseFile:
             return False
         with suppress(PromoterError):  # the epoch is the truth and is written
             self.beside.replace(self._pointer, data)
+        if self.ledger:
+            self.ledger.wrote(self.disk, before, record)
         return True
 
     def watch(self, epoch: int, timeout: float) -> bool:

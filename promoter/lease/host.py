@@ -26,15 +26,16 @@ HELD_BY = "PROMOTER_LEASES_HELD_BY"
 
 @dataclass(frozen=True)
 class Host:
-    """One host in one of its boots."""
+    """One host in one of its boots; ``endpoint`` is where its agent listens, if it has one."""
 
     name: str
     boot: str
+    endpoint: str | None = None
 
     def owner(self, *, process: int | None = None, guest: str | None = None) -> Owner:
         """As the owner of a lease: the process ``process``, or the host itself."""
         started = started_at(process) if process else None
-        return Owner(self.name, self.boot, process, started, guest)
+        return Owner(self.name, self.boot, process, started, guest, self.endpoint)
 
     def lives(self, owner: Owner) -> bool:
         """Does a process of this host, in this boot, hold what ``owner`` holds?"""
@@ -59,7 +60,17 @@ def this_host(state: Path) -> Host:
             raise Refused(f"{given} is no host's name", "Up to 64 letters, digits and dashes.")
     else:
         name = _from_machine_id(given)
-    return Host(name, BOOT.read_text().strip())
+    endpoint = agent_directory(state) / "endpoint"
+    return Host(
+        name,
+        BOOT.read_text().strip(),
+        endpoint.read_text().strip() if endpoint.exists() else None,
+    )
+
+
+def agent_directory(state: Path) -> Path:
+    """Where ``promoter agent init`` put this host's certificate, and where its agent listens."""
+    return state / "agent"
 
 
 def _from_machine_id(given: Path) -> str:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -41,6 +41,7 @@ GRANT_SECONDS = 30.0
 
 Identity = Annotated[str, Field(pattern=r"^[0-9A-Za-z-]{1,64}$")]
 Text = Annotated[str, Field(max_length=1024)]
+Pem = Annotated[str, Field(max_length=8192)]
 Number = Annotated[int, Field(ge=0, lt=2**64)]
 Epoch = Annotated[int, Field(ge=1, le=LAST_EPOCH)]
 Seconds = Annotated[float, Field(ge=0, le=86400)]
@@ -228,6 +229,17 @@ def _fault(record: LeaseRecord) -> str:
 
 
 @dataclass(frozen=True)
+class Proof:
+    """That a request is of the host it names: its certificate, and its signature of `to_sign`
+    in hexadecimal digits.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    certificate: Pem
+    signature: Text
+
+
+@dataclass(frozen=True)
 class Request:
     """Somebody asks for a disk. It is good for the epoch it names and no other."""
 
@@ -236,6 +248,7 @@ class Request:
     epoch: Epoch
     requester: Owner
     wall: Text
+    proof: Proof | None = None
 
 
 class Said(StrEnum):
@@ -362,6 +375,11 @@ def _bad(where: str, why: str) -> NoReturn:
         "Nobody can tell from it who may open the disk. Look at the other epochs beside it, make"
         " sure that no guest has the disk open, and put the newest whole one in its place.",
     )
+
+
+def to_sign(request: Request, disk: str) -> bytes:
+    """What a requester signs: all it asks, of the disk that the lease calls ``disk``."""
+    return encode(replace(request, proof=None)) + disk.encode()
 
 
 # --- the rules -----------------------------------------------------------------------------
@@ -685,6 +703,22 @@ class Policy(StrEnum):
     CLOSE = "close"
 
 
+class Role(StrEnum):
+    """For what a host may ask, by its certificate."""
+
+    REQUEST = "request"
+    REQUEST_RUNNING = "request-running"
+
+
+NEEDED: Mapping[Policy, Role] = {
+    Policy.CLOSE: Role.REQUEST,
+    Policy.SHUTDOWN: Role.REQUEST_RUNNING,
+    Policy.DETACH: Role.REQUEST_RUNNING,
+    Policy.LOAN: Role.REQUEST_RUNNING,
+}
+"""By how the owner would let go: what is taken from a running guest needs more."""
+
+
 @dataclass(frozen=True)
 class Holding:
     """What an owner knows of a disk that it is asked for. ``held_for`` and ``at_least`` are in
@@ -698,8 +732,15 @@ class Holding:
     at_least: float = 0
 
 
-def answer(record: LeaseRecord | None, request: Request, holding: Holding) -> Answer:
-    """What the owner says. ACCEPTED means: it now begins to let go, or has begun to."""
+def answer(
+    record: LeaseRecord | None,
+    request: Request,
+    holding: Holding,
+    roles: Collection[Role] = tuple(Role),
+) -> Answer:
+    """What the owner says to a requester that has ``roles``. ACCEPTED means: it now begins to
+    let go, or has begun to.
+    """
 
     def say(said: Said, why: str = "", **more: Any) -> Answer:
         return Answer(request.id, said, record.epoch if record else 0, why, **more)
@@ -717,12 +758,14 @@ def answer(record: LeaseRecord | None, request: Request, holding: Holding) -> An
         return say(Said.NOT_OWNER)
     if request.epoch != record.epoch:
         return say(Said.NOT_OWNER, "the request is for another epoch")
-    return _owners_answer(say, holding)
+    return _owners_answer(say, holding, roles)
 
 
-def _owners_answer(say: Any, holding: Holding) -> Answer:
+def _owners_answer(say: Any, holding: Holding, roles: Collection[Role]) -> Answer:
     if holding.policy is Policy.NEVER:
         answered: Answer = say(Said.REFUSED, "its policy is never to release it")
+    elif NEEDED[holding.policy] not in roles:
+        answered = say(Said.REFUSED, f"the requester lacks the role {NEEDED[holding.policy]}")
     elif work := holding.work:
         progress = {"done": work.done, "total": work.total, "retry_after": 5}
         answered = say(Said.BUSY, work.name, **progress)

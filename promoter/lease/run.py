@@ -1,8 +1,9 @@
 """A command that runs under leases: ``promoter run``.
 
 It claims the disks, runs the command, beats, answers release requests that it finds on the
-storage, and frees the disks when the command has ended and their locks are free. Trouble with
-the storage never ends the guest: the image lock protects the disk, and others only wait.
+storage (at once when the agent wakes it, by SIGURG), and frees the disks when the command has
+ended and their locks are free. Trouble with the storage never ends the guest: the image lock
+protects the disk, and others only wait.
 
 Killed itself, it leaves its command running and the leases held; the next ``promoter run`` on
 this host takes them up when nothing has the disks open.
@@ -25,11 +26,23 @@ from typing import assert_never
 from promoter.errors import Cancelled, Interrupted, PromoterError, Refused
 from promoter.lease import record as rules
 from promoter.lease.claim import Acquisition, let_go
+from promoter.lease.credentials import Credentials, Untrusted
 from promoter.lease.file import LeaseFile
 from promoter.lease.host import HELD_BY, Host, held_by, new_stamp
+from promoter.lease.ledger import Ledger
 from promoter.lease.liveness import BEAT_EVERY, Heartbeat, lock_on
 from promoter.lease.readers import enter
-from promoter.lease.record import Answer, Holding, LeaseRecord, Lock, Policy, Said, State, Work
+from promoter.lease.record import (
+    Answer,
+    Holding,
+    LeaseRecord,
+    Lock,
+    Policy,
+    Request,
+    Said,
+    State,
+    Work,
+)
 from promoter.lease.release import DiskBusy, detach, shut_down
 from promoter.lease.store import Asked
 
@@ -77,11 +90,19 @@ class RunSpec:
 class LeasedRun:
     """One run, from the first claim to the last disk freed."""
 
-    def __init__(self, spec: RunSpec, host: Host, say: Say) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        host: Host,
+        ledger: Ledger,
+        credentials: Credentials | None,
+        say: Say,
+    ) -> None:
         spec.check()
         self.spec, self.host, self.say = spec, host, say
+        self.ledger, self.credentials = ledger, credentials
         self.owner = host.owner(process=os.getpid(), guest=_guest_name(spec))
-        stores = {store.disk: store for store in map(LeaseFile, spec.disks)}
+        stores = {store.disk: store for store in (LeaseFile(disk, ledger) for disk in spec.disks)}
         self.stores = [stores[disk] for disk in sorted(stores)]  # in one order everywhere
         pools = {store.hosts.path: store.hosts for store in self.stores}
         self.hearts = [Heartbeat(hosts, host) for hosts in pools.values()]
@@ -90,6 +111,7 @@ class LeasedRun:
         self._stopping = False
         self._asked: asyncio.Queue[LeaseFile] = asyncio.Queue()
         self._held: list[LeaseFile] = []
+        self._bells = {store: asyncio.Event() for store in self.stores}
         self._said: dict[str, Answer] = {}
         self._writing = threading.Lock()  # an answer and the record it is about go together
 
@@ -98,6 +120,7 @@ class LeasedRun:
         self._loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             self._loop.add_signal_handler(number, self._stop)
+        self._loop.add_signal_handler(signal.SIGURG, self._wake)
         for heart in self.hearts:
             await asyncio.to_thread(heart.beat)
         beating = asyncio.create_task(self._beat(), name="heartbeat")
@@ -121,6 +144,10 @@ class LeasedRun:
             with suppress(ProcessLookupError):
                 self._process.terminate()
 
+    def _wake(self) -> None:
+        for bell in self._bells.values():
+            bell.set()
+
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(BEAT_EVERY)
@@ -140,7 +167,9 @@ class LeasedRun:
 
     async def _acquire(self, store: LeaseFile) -> None:
         heard = self._heard(store)
-        self._acquisition = Acquisition(store, self.host, self.owner, heard=heard)
+        self._acquisition = Acquisition(
+            store, self.host, self.owner, credentials=self.credentials, heard=heard
+        )
         record = await asyncio.to_thread(self._acquisition.run, self.spec.timeout)
         self.say("acquired", store.disk, f"epoch {record.epoch}")
 
@@ -163,6 +192,8 @@ class LeasedRun:
             raise Refused(
                 f"cannot run {self.spec.command[0]}: {error.strerror}", "Nothing was started."
             ) from error
+        if self.credentials:
+            await asyncio.to_thread(self.credentials.load)
         async with asyncio.TaskGroup() as tasks:
             serving = [
                 tasks.create_task(self._serve(store), name=f"requests for {store.disk}")
@@ -177,9 +208,12 @@ class LeasedRun:
     # --- release requests ---
 
     async def _serve(self, store: LeaseFile) -> None:
+        bell = self._bells[store]
         while True:
+            bell.clear()
             await self._tolerantly(store.disk, partial(self._alone, self._answer_all, store))
-            await asyncio.sleep(ANSWER_EVERY)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(bell.wait(), ANSWER_EVERY)
 
     def _answer_all(self, store: LeaseFile) -> None:
         waiting = store.requests()
@@ -191,8 +225,7 @@ class LeasedRun:
             if asked.request.epoch + OLD_EPOCHS < record.epoch:
                 store.withdraw(asked.ticket)  # who waits asks again at every epoch
                 continue
-            holding = Holding(self.host.name, self.spec.policy, self._work(store, record))
-            answer = rules.answer(record, asked.request, holding)
+            answer = self._judge(store, record, asked.request)
             if answer.said is Said.NOT_OWNER:
                 continue  # its owner's to answer
             if answer.said is Said.ACCEPTED and record.state is State.HELD:
@@ -215,10 +248,28 @@ class LeasedRun:
             return told
         return Work(record.operation.id, f"{record.operation.kind} {record.operation.id}")
 
+    def _judge(self, store: LeaseFile, record: LeaseRecord, request: Request) -> Answer:
+        holding = Holding(self.host.name, self.spec.policy, self._work(store, record))
+        answer = rules.answer(record, request, holding)
+        if self.credentials is None or answer.said is Said.NOT_OWNER:
+            return answer
+        try:
+            roles = self.credentials.roles_of(request, record.disk.uuid)
+        except Untrusted as error:
+            return Answer(request.id, Said.REFUSED, record.epoch, error.message[:1024])
+        return rules.answer(record, request, holding, roles)
+
     def _answer(self, store: LeaseFile, asked: Asked, answer: Answer) -> None:
         if self._said.get(asked.request.id) != answer:
             store.answer(asked.ticket, answer)
             self._said[asked.request.id] = answer
+            if answer.said is Said.REFUSED:
+                self.ledger.refused(
+                    answer.why,
+                    disk=str(store.disk),
+                    host=asked.request.requester.host,
+                    request=asked.request.id,
+                )
 
     async def _let_go(self, process: asyncio.subprocess.Process) -> None:
         """Whenever asked: give the disk, or end the guest, or keep the disk and say so."""

@@ -1,0 +1,144 @@
+"""``promoter agent init``: a small private certificate authority, and the certificates of hosts.
+
+    DIRECTORY/ca.key, ca.pem   the authority; its key belongs on no host that runs guests
+    DIRECTORY/HOST/            what goes to that host as STATE/agent
+
+Keys are of P-256, readable by their owner alone. There is no list of revoked certificates: a
+host that may not ask any more is shut out by a new authority, or when its certificate ends.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from promoter.errors import Refused
+from promoter.lease.credentials import HOST_URI, ROLE_URI, Untrusted, parse_endpoint
+from promoter.lease.host import NAME
+from promoter.lease.record import Role
+
+CA_DAYS = 3650
+EARLIER = timedelta(hours=1)
+"""A certificate is valid on a host whose clock is a little behind."""
+
+
+def authority(directory: Path) -> None:
+    """Make the authority unless it is there."""
+    key_file, certificate_file = directory / "ca.key", directory / "ca.pem"
+    if key_file.exists() and certificate_file.exists():
+        return
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "promoter's private CA")])
+    certificate = (
+        _certificate(name, name, key.public_key(), CA_DAYS)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(signs_certificates=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, SHA256())
+    )
+    _write(key_file, _private(key), secret=True)
+    _write(certificate_file, certificate.public_bytes(Encoding.PEM))
+
+
+def issue(directory: Path, host: str, endpoint: str, roles: list[Role], days: int) -> Path:
+    """A key and a certificate for a host, in a directory that is returned; old ones there go."""
+    if not NAME.fullmatch(host):
+        raise Refused(f"{host!r} is no host's name", "Up to 64 letters, digits and dashes.")
+    try:
+        parse_endpoint(endpoint)
+    except Untrusted as error:
+        raise Refused(error.message, "Give its address or name, and a port.") from error
+    loaded = load_pem_private_key((directory / "ca.key").read_bytes(), None)
+    ca = x509.load_pem_x509_certificate((directory / "ca.pem").read_bytes())
+    if not isinstance(loaded, ec.EllipticCurvePrivateKey):
+        raise Refused(f"{directory / 'ca.key'} is not one of promoter's", "Use another directory.")
+    key = ec.generate_private_key(ec.SECP256R1())
+    certificate = _leaf(ca, key.public_key(), host, roles, days).sign(loaded, SHA256())
+    made = directory / host
+    made.mkdir(exist_ok=True, mode=0o700)
+    _write(made / "host.key", _private(key), secret=True)
+    _write(made / "host.pem", certificate.public_bytes(Encoding.PEM))
+    _write(made / "ca.pem", ca.public_bytes(Encoding.PEM))
+    _write(made / "endpoint", f"{endpoint}\n".encode())
+    return made
+
+
+def _leaf(
+    ca: x509.Certificate, key: ec.EllipticCurvePublicKey, host: str, roles: list[Role], days: int
+) -> x509.CertificateBuilder:
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)])
+    names = [f"{HOST_URI}{host}", *(f"{ROLE_URI}{role}" for role in roles)]
+    both = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+    signer = ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    return (
+        _certificate(name, ca.subject, key, days)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(signs_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage(both), critical=False)
+        .add_extension(
+            x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri) for uri in names]),
+            critical=False,
+        )
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(signer),
+            critical=False,
+        )
+    )
+
+
+def _certificate(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+) -> x509.CertificateBuilder:
+    now = datetime.now(UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - EARLIER)
+        .not_valid_after(now + timedelta(days=days))
+    )
+
+
+def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _private(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def _write(path: Path, data: bytes, *, secret: bool = False) -> None:
+    """Whole or not at all; a secret is never readable by others, not even for a moment."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o644)
+    with open(fd, "wb") as file:  # noqa: PTH123 - of a descriptor
+        file.write(data)
+        file.flush()
+        os.fsync(fd)
+    temporary.rename(path)

@@ -1,0 +1,136 @@
+"""This host's certificate, and whom it trusts.
+
+    STATE/agent/ca.pem     whose certificates are believed
+    STATE/agent/host.pem   this host's certificate: its name, and for what it may ask
+    STATE/agent/host.key   its private key
+    STATE/agent/endpoint   where its agent listens, ADDRESS:PORT
+
+A certificate names a host and its roles as URIs. Where a host has certificates, a request
+without a valid signature is refused, whichever way it came.
+"""
+
+from __future__ import annotations
+
+import re
+import ssl
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from promoter.errors import Refused
+from promoter.lease.host import agent_directory
+from promoter.lease.record import Proof, Request, Role, to_sign
+
+HOST_URI, ROLE_URI = "urn:promoter:host:", "urn:promoter:role:"
+ENDPOINT = re.compile(
+    r"(?P<host>[0-9A-Za-z.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):(?P<port>[0-9]{1,5})"
+)
+
+
+class Untrusted(Refused):
+    """Somebody is not, or may not, what it says."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Whom a certificate is of."""
+
+    host: str
+    roles: frozenset[Role]
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """The certificates in ``directory``."""
+
+    directory: Path
+
+    @classmethod
+    def of(cls, state: Path) -> Credentials | None:
+        """Those of this host, if it has any."""
+        directory = agent_directory(state)
+        return cls(directory) if (directory / "host.pem").exists() else None
+
+    def context(self, purpose: ssl.Purpose) -> ssl.SSLContext:
+        """TLS 1.3 with whoever has a certificate of our authority, to talk to or to serve."""
+        server = purpose is ssl.Purpose.CLIENT_AUTH
+        made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+        made.minimum_version = ssl.TLSVersion.TLSv1_3
+        made.check_hostname = False  # a certificate is of a host by its lease's name: see `peer`
+        made.verify_mode = ssl.CERT_REQUIRED
+        try:
+            made.load_verify_locations(self.directory / "ca.pem")
+            made.load_cert_chain(self.directory / "host.pem", self.directory / "host.key")
+        except OSError as error:
+            raise Refused(
+                f"the certificates in {self.directory} cannot be used: {error}",
+                "Make them: promoter agent init --help",
+            ) from error
+        return made
+
+    def check(self, host: str) -> None:
+        """Raises `Refused` unless the certificate is of ``host``."""
+        from promoter.lease import signing
+
+        peer = peer_of(signing.names_in((self.directory / "host.pem").read_bytes()))
+        if peer.host != host:
+            raise Refused(
+                f"the certificate in {self.directory} is of host {peer.host}, and this is {host}",
+                f"Make another: promoter agent init --host {host} …",
+            )
+
+    def load(self) -> None:
+        """Load now what checks signatures: it takes longer than to let go of a disk."""
+        from promoter.lease import signing  # noqa: F401
+
+    def sign(self, request: Request, disk: str) -> Request:
+        """The request with the proof that it is this host's."""
+        from promoter.lease import signing
+
+        certificate = (self.directory / "host.pem").read_text()
+        key = (self.directory / "host.key").read_bytes()
+        return replace(request, proof=Proof(certificate, signing.sign(key, to_sign(request, disk))))
+
+    def roles_of(self, request: Request, disk: str) -> frozenset[Role]:
+        """What the requester may ask for. Raises `Untrusted` when that is not proved."""
+        from promoter.lease import signing
+
+        if request.proof is None:
+            raise Untrusted("the request is not signed", "Give that host a certificate.")
+        try:
+            names = signing.names_of(
+                (self.directory / "ca.pem").read_bytes(),
+                request.proof.certificate.encode(),
+                request.proof.signature,
+                to_sign(request, disk),
+            )
+        except signing.NotProved as error:
+            raise Untrusted(f"the request's signature does not prove who asks: {error}") from error
+        peer = peer_of(names)
+        if peer.host != request.requester.host:
+            raise Untrusted(f"host {peer.host} asks in the name of another")
+        return peer.roles
+
+
+def peer_of(uris: Iterable[str]) -> Peer:
+    """Whom a certificate with these URIs is of. Raises `Untrusted` unless it is one host."""
+    names = list(uris)
+    hosts = [name.removeprefix(HOST_URI) for name in names if name.startswith(HOST_URI)]
+    if len(hosts) != 1:
+        raise Untrusted("the certificate does not name one host")
+    return Peer(hosts[0], frozenset(role for role in Role if f"{ROLE_URI}{role}" in names))
+
+
+def peer_in(certificate: Mapping[str, Any] | None) -> Peer:
+    """Whom a certificate is of, as `ssl.SSLSocket.getpeercert` gives it."""
+    names = (certificate or {}).get("subjectAltName", ())
+    return peer_of(value for kind, value in names if kind == "URI")
+
+
+def parse_endpoint(text: str) -> tuple[str, int]:
+    """Address and port. Raises `Untrusted` when it is something else."""
+    found = ENDPOINT.fullmatch(text)
+    if not found or not 0 < int(found["port"]) < 2**16:
+        raise Untrusted(f"{text[:300]!r} is not where an agent could listen: ADDRESS:PORT")
+    return found["host"].strip("[]"), int(found["port"])
