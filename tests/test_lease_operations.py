@@ -456,6 +456,40 @@ def test_when_promoter_and_the_guest_are_killed_the_disk_is_released_and_resume_
     records.check(leased.disk, None, leased.vm.log).raise_if_bad()
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("point", ["announced", "renamed"])
+def test_of_two_leased_disks_both_leases_are_about_their_disks(
+    hosts: Hosts, tmp_path: Path, point: str
+) -> None:
+    """promoter is killed when it has come to the first: of the second, its guard renames."""
+    a, b = hosts
+    disks = [linked_clone(base(), tmp_path / f"disk{number}.qcow2") for number in range(2)]
+    vm = VM(tmp_path, [Disk(disk) for disk in disks], writer={"rate": 0})
+    options = ["--disk", disks[0], "--disk", disks[1], "--policy", "shutdown", "--qmp", vm.monitor]
+    command = ["setpriv", "--pdeathsig", "KILL", *vm.argv]
+    running = Running(start(a.state, "run", *options, "--json", "--", *command))
+    a.running.append(running.process)
+    try:
+        wait_for(lambda: ack_count(vm.log) >= 20, "records", 120)
+        words = (point, "promoter", 0, "promote", vm.monitor, "--json")
+        assert ended(start(a.state, *words, module="tests.struck"), 120).code == -signal.SIGKILL
+        for disk in disks:
+            assert LeaseFile(disk).read(), "it is about the file that lies there"
+        resumed = ended(start(a.state, "job", "resume", "--json"), 120)
+        assert resumed.code == 0, resumed
+        for disk in disks:
+            assert at_rest(record(disk), "host-a")
+            assert record(disk).alternate is None
+            assert "backing file" not in qemu_img("info", "-U", disk)
+        assert b.lease("acquire", disks[1], "--timeout", 120).code == 0
+        ran = running.end(120)
+        assert not said(ran, "trouble"), ran
+        assert all(LeaseFile(disk).read() for disk in disks)
+        records.check(disks[0], None, vm.log).raise_if_bad()
+    finally:
+        shutil.rmtree(vm.monitor.parent)
+
+
 def test_a_disk_is_not_let_go_while_an_operation_still_works_on_it(leased: Leased) -> None:
     """The guest dies; promoter, which hangs, could still give its path another file."""
     leased.boot()
