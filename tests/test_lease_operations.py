@@ -193,6 +193,7 @@ def test_who_asks_for_a_disk_that_is_worked_on_hears_that_it_is_busy(leased: Lea
     records.check(leased.disk, None, leased.vm.log).raise_if_bad()
 
 
+@pytest.mark.nightly
 def test_a_leased_guest_is_backed_up(leased: Leased, tmp_path: Path) -> None:
     """The disk is given to nobody in between either."""
     leased.boot()
@@ -240,6 +241,13 @@ def test_a_disk_whose_lease_is_elsewhere_is_refused_and_unchanged(
     newest.write_bytes(whole)
     assert before == (record(leased.disk), leased.disk.stat().st_ino)
     assert not list(tmp_path.glob("*.new-*")) + list(tmp_path.glob("*.part-*"))
+    far = "/elsewhere/web.qcow2"
+    entered = rules.add_reader(before[0], "host-a", far, new_stamp())
+    assert LeaseFile(leased.disk).compare_and_swap(before[0].epoch, entered)
+    read = leased.perform("promote", "--old", "delete")
+    assert (read.code, read.result["error"]) == (4, "Refused"), "the old overlay is read"
+    assert far in read.result["message"]
+    assert record(leased.disk) == entered
     assert leased.perform("promote").code == 0
 
 
@@ -313,17 +321,6 @@ def test_a_layer_whose_lease_lists_other_readers_is_not_merged_into_or_deleted(
     leased.passes_to_the_other_host()
 
 
-def test_an_old_overlay_that_others_read_is_not_deleted(leased: Leased) -> None:
-    leased.boot()
-    now = record(leased.disk)
-    entered = rules.add_reader(now, "host-a", "/elsewhere/web.qcow2", new_stamp())
-    assert LeaseFile(leased.disk).compare_and_swap(now.epoch, entered)
-    refused = leased.perform("promote", "--old", "delete")
-    assert (refused.code, refused.result["error"]) == (4, "Refused"), refused
-    assert "/elsewhere/web.qcow2" in refused.result["message"]
-    assert record(leased.disk) == entered
-
-
 def test_a_disk_is_not_run_over_a_base_that_another_host_holds(
     hosts: Hosts, tmp_path: Path
 ) -> None:
@@ -339,6 +336,7 @@ def test_a_disk_is_not_run_over_a_base_that_another_host_holds(
     assert record(lower).readers == (str(disk),)
 
 
+@pytest.mark.nightly
 def test_a_domains_disk_is_taken_off_the_readers_and_its_own_lease_does_not_follow_it(
     libvirtd: Libvirtd, hosts: Hosts, tmp_path: Path
 ) -> None:
@@ -381,13 +379,13 @@ POINTS = (
     "after TIDY",
     "left",
 )
-SAMPLE = ("announced", "renamed", "readers off")
+SAMPLE = ("announced", "renamed")
 KILLS = [
     pytest.param("promote", point, marks=() if point in SAMPLE else pytest.mark.nightly)
     for point in POINTS
 ]
 SNAPSHOT_KILLS = [
-    pytest.param("snapshot", point, marks=() if point == "announced" else pytest.mark.nightly)
+    pytest.param("snapshot", point, marks=pytest.mark.nightly)
     for point in ("joined", "announced", "settled", "after TIDY", "left")
 ]
 COMMIT_KILLS = [
@@ -416,6 +414,10 @@ def test_wherever_promoter_is_killed_the_lease_is_about_the_disk_and_the_disk_pa
     assert (struck.state, struck.owner and struck.owner.host) == (State.HELD, "host-a")
     wait_for(lambda: bool(LeaseFile(leased.disk).read()), "the lease to be read", 10)
     leased.write(20)
+    if (act, point) == ("snapshot", "announced"):
+        again = leased.perform(act, "--dry-run")
+        assert again.code == 4, "first what was interrupted"
+        assert "job resume" in again.result["hint"]
     resumed = leased.resume()
     assert resumed.code == 0, resumed
     assert at_rest(record(leased.disk), "host-a")
@@ -426,7 +428,8 @@ def test_wherever_promoter_is_killed_the_lease_is_about_the_disk_and_the_disk_pa
 
 
 @pytest.mark.parametrize(
-    "point", [pytest.param("announced", marks=pytest.mark.nightly), "drained", "renamed"]
+    "point",
+    [*(pytest.param(p, marks=pytest.mark.nightly) for p in ("announced", "drained")), "renamed"],
 )
 def test_when_promoter_and_the_guest_are_killed_the_disk_is_released_and_resume_harms_nobody(
     leased: Leased, point: str
@@ -451,6 +454,40 @@ def test_when_promoter_and_the_guest_are_killed_the_disk_is_released_and_resume_
     leased.write(20)
     leased.running.ask_to_end()
     records.check(leased.disk, None, leased.vm.log).raise_if_bad()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("point", ["announced", "renamed"])
+def test_of_two_leased_disks_both_leases_are_about_their_disks(
+    hosts: Hosts, tmp_path: Path, point: str
+) -> None:
+    """promoter is killed when it has come to the first: of the second, its guard renames."""
+    a, b = hosts
+    disks = [linked_clone(base(), tmp_path / f"disk{number}.qcow2") for number in range(2)]
+    vm = VM(tmp_path, [Disk(disk) for disk in disks], writer={"rate": 0})
+    options = ["--disk", disks[0], "--disk", disks[1], "--policy", "shutdown", "--qmp", vm.monitor]
+    command = ["setpriv", "--pdeathsig", "KILL", *vm.argv]
+    running = Running(start(a.state, "run", *options, "--json", "--", *command))
+    a.running.append(running.process)
+    try:
+        wait_for(lambda: ack_count(vm.log) >= 20, "records", 120)
+        words = (point, "promoter", 0, "promote", vm.monitor, "--json")
+        assert ended(start(a.state, *words, module="tests.struck"), 120).code == -signal.SIGKILL
+        for disk in disks:
+            assert LeaseFile(disk).read(), "it is about the file that lies there"
+        resumed = ended(start(a.state, "job", "resume", "--json"), 120)
+        assert resumed.code == 0, resumed
+        for disk in disks:
+            assert at_rest(record(disk), "host-a")
+            assert record(disk).alternate is None
+            assert "backing file" not in qemu_img("info", "-U", disk)
+        assert b.lease("acquire", disks[1], "--timeout", 120).code == 0
+        ran = running.end(120)
+        assert not said(ran, "trouble"), ran
+        assert all(LeaseFile(disk).read() for disk in disks)
+        records.check(disks[0], None, vm.log).raise_if_bad()
+    finally:
+        shutil.rmtree(vm.monitor.parent)
 
 
 def test_a_disk_is_not_let_go_while_an_operation_still_works_on_it(leased: Leased) -> None:
