@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import secrets
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import libvirt
@@ -35,6 +37,14 @@ def ask(guest: VM | Domain, command: str, patience: int = PATIENCE, **arguments:
             while not replies.readline().endswith(b'\xff{"return": %d}\n' % number):
                 pass
             return json.loads(replies.readline())["return"]
+
+
+@contextmanager
+def held(guest: VM) -> Iterator[None]:
+    """Another client than promoter has the agent's channel."""
+    with socket.socket(socket.AF_UNIX) as channel:
+        channel.connect(str(guest.agent))
+        yield
 
 
 def answers(guest: VM | Domain) -> bool:

@@ -109,6 +109,11 @@ def test_without_an_agent_that_answers_it_is_refused(make_case: MakeCase) -> Non
         assert "somebody has frozen" in refused.result["message"]
         assert agent.is_frozen(guest), "by somebody else"
         agent.ask(guest, "guest-fsfreeze-thaw")
+        if isinstance(guest, VM):
+            with agent.held(guest):
+                refused = case.run("snapshot", "--quiesce")
+            assert refused.code == 4, refused
+            assert "another client" in refused.result["message"]
         agent.stop(guest)
         began = time.monotonic()
         refused = case.run("snapshot", "--quiesce")

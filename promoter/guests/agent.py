@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ ADD_CHANNEL = (
     "Give the guest one: -chardev socket,id=agent,path=PATH,server=on,wait=off"
     f" -device virtio-serial -device virtserialport,chardev=agent,name={CHANNEL}"
 )
+LOOK_EVERY = 0.05
 DELIMITER = b"\xff"  # no part of JSON: the reader begins anew
 
 
@@ -38,12 +40,22 @@ class Agent:
         self._writer = writer
 
     @classmethod
-    async def connect(cls, guest: str, execute: Execute, cwd: Path) -> Agent:
+    async def connect(cls, guest: str, execute: Execute, cwd: Path, within: float) -> Agent:
         """Take the agent's channel. QEMU's relative names start from ``cwd``.
 
-        Raises `CommandFailed` when the guest has none, or none that can be taken.
+        Raises `CommandFailed` when the guest has none that can be taken, `AgentSilent` when
+        somebody else does not let it go ``within`` seconds.
         """
-        path = cwd / await _find(guest, execute)
+        chardev = await _find(guest, execute)
+        path = cwd / await _path(guest, execute, chardev)
+        deadline = time.monotonic() + within
+        while await execute("qom-get", path=chardev, property="connected"):
+            if time.monotonic() > deadline:
+                raise AgentSilent(
+                    f"{guest}: another client has its guest agent's socket, {path}",
+                    "QEMU serves one client a socket. Close the other one.",
+                )
+            await asyncio.sleep(LOOK_EVERY)  # QEMU may not have seen yet that one is gone
         try:
             return cls(guest, *await asyncio.open_unix_connection(path))
         except OSError as error:
@@ -63,11 +75,20 @@ class Agent:
             ) from None
         except (EOFError, OSError) as error:
             raise ConnectionLost(f"{self._guest}: its guest agent's channel closed") from error
-        if "error" in answer:
-            raise CommandFailed(f"{self._guest}: {command}: {answer['error']['desc']}")
-        return answer["return"]
+        except (ValueError, asyncio.LimitOverrunError) as error:
+            raise self._nonsense() from error
+        match answer:
+            case {"return": value}:
+                return value
+            case {"error": {"desc": why}}:
+                raise CommandFailed(f"{self._guest}: {command}: {why}")
+        raise self._nonsense()
 
-    async def _ask(self, command: str) -> dict[str, Any]:
+    def _nonsense(self) -> CommandFailed:
+        """The guest may say what it likes."""
+        return CommandFailed(f"{self._guest}: what its guest agent answers is no answer")
+
+    async def _ask(self, command: str) -> Any:
         """Both at once, so that the agent executes the command also after we have given up."""
         number = secrets.randbits(31)
         sync = {"execute": "guest-sync-delimited", "arguments": {"id": number}}
@@ -76,7 +97,7 @@ class Agent:
         await self._writer.drain()
         while await self._after_delimiter() != {"return": number}:
             pass  # somebody else's, who had given up
-        return dict(json.loads(await self._line()))
+        return json.loads(await self._line())
 
     async def _after_delimiter(self) -> Any:
         await self._reader.readuntil(DELIMITER)
@@ -90,11 +111,11 @@ class Agent:
 
 
 async def _find(guest: str, execute: Execute) -> str:
-    """The path of the socket that the agent's channel ends in."""
+    """What the agent's channel ends in: a character device."""
     for port in await _ports(execute):
         if await execute("qom-get", path=port, property="name") == CHANNEL:
             label = await execute("qom-get", path=port, property="chardev")
-            return await _path(guest, execute, f"/chardevs/{label}")
+            return f"/chardevs/{label}"
     raise CommandFailed(f"{guest} has no channel for a guest agent", ADD_CHANNEL)
 
 
@@ -108,6 +129,7 @@ async def _ports(execute: Execute) -> list[str]:
 
 
 async def _path(guest: str, execute: Execute, chardev: str) -> str:
+    """The socket's."""
     kind = await execute("qom-get", path=chardev, property="type")
     address = {}
     if kind == "chardev-socket":
@@ -115,10 +137,5 @@ async def _path(guest: str, execute: Execute, chardev: str) -> str:
     if address.get("type") != "unix" or address.get("abstract"):
         raise CommandFailed(
             f"{guest}: its guest agent's channel is no socket that has a path", ADD_CHANNEL
-        )
-    if await execute("qom-get", path=chardev, property="connected"):
-        raise CommandFailed(
-            f"{guest}: another client has its guest agent's socket, {address['path']}",
-            "QEMU serves one client a socket. Close the other one.",
         )
     return str(address["path"])

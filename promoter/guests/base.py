@@ -164,8 +164,8 @@ class Guest(Protocol):
     async def ask_agent(self, command: str, within: float) -> Any:
         """Have the guest agent execute a command without arguments; its answer.
 
-        Raises `AgentSilent` when there is none ``within`` seconds, `CommandFailed` when it refuses
-        or when the guest has no channel for one.
+        Raises `AgentSilent` when there is none ``within`` seconds, or somebody else keeps it busy;
+        `CommandFailed` when it refuses or when the guest has no channel for one.
         """
 
     async def set_speed(self, job: str, speed: int) -> None:

@@ -5,8 +5,8 @@ adapter for asyncio is no good among threads. What libvirt does not report, such
 graph, is read by pass-through; nothing is ever changed that way. The guest agent is spoken to
 by pass-through too, since libvirt's own calls to freeze and thaw have no bound.
 Source: libvirt's ``virConnect*`` and ``virDomain*``, ``virDomainQemuMonitorCommand``,
-``virDomainQemuAgentCommand``, and the
-domain XML's ``<disk>`` with its ``<source>``, ``<backingStore>`` and ``<alias>``.
+``virDomainQemuAgentCommand``, and the domain XML's ``<disk>`` with its ``<source>``,
+``<backingStore>`` and ``<alias>``.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ JOBS = {
     libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT: "active-commit",
 }
 OF_THE_CONNECTION = frozenset({libvirt.VIR_FROM_RPC, libvirt.VIR_FROM_REMOTE})
+SILENT = frozenset({libvirt.VIR_ERR_AGENT_UNRESPONSIVE, libvirt.VIR_ERR_OPERATION_TIMEOUT})
 DENIED = frozenset(
     {
         libvirt.VIR_ERR_AUTH_CANCELLED,
@@ -220,7 +221,7 @@ class LibvirtGuest:
         except CommandFailed as error:
             cause = error.__cause__
             assert isinstance(cause, libvirt.libvirtError)
-            if cause.get_error_code() == libvirt.VIR_ERR_AGENT_UNRESPONSIVE:
+            if cause.get_error_code() in SILENT:
                 raise AgentSilent(error.message) from error
             raise
         return answer["return"]

@@ -236,7 +236,7 @@ class QmpGuest:
         """As `Guest.ask_agent`; the agent's channel is ours from then on until `close`."""
         if self._agent is None:
             cwd = Path(f"/proc/{self._pid}/cwd")
-            self._agent = await Agent.connect(self.name, self._execute, cwd)
+            self._agent = await Agent.connect(self.name, self._execute, cwd, within)
         return await self._agent.ask(command, within)
 
     async def _mirror(self, spec: MirrorSpec) -> None:
