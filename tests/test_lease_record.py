@@ -265,6 +265,8 @@ def test_what_is_sealed_again_unchanged_is_read() -> None:
         (sealed(state="free"), "with an owner"),
         (sealed(request=None), "releasing without a request"),
         (sealed(nonce=...), "nonce"),
+        (sealed(nonce="a\n"), "nonce"),
+        (sealed(disk={"uuid": "d1", "device": 7, "inode": 2**64}), "not whole JSON.*too large"),
         (sealed(note="x" * 2000), "note"),
         (sealed(alternate={"uuid": "d1", "device": 7, "inode": 43}), "without an operation"),
         (

@@ -28,7 +28,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Annotated, Any, NoReturn, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+import msgspec
+from msgspec import Meta
 
 from promoter.errors import Refused
 
@@ -39,12 +40,12 @@ SUSPECT_AFTER = 30.0
 STOPPED_AFTER = 180.0
 GRANT_SECONDS = 30.0
 
-Identity = Annotated[str, Field(pattern=r"^[0-9A-Za-z-]{1,64}$")]
-Text = Annotated[str, Field(max_length=1024)]
-Pem = Annotated[str, Field(max_length=8192)]
-Number = Annotated[int, Field(ge=0, lt=2**64)]
-Epoch = Annotated[int, Field(ge=1, le=LAST_EPOCH)]
-Seconds = Annotated[float, Field(ge=0, le=86400)]
+Identity = Annotated[str, Meta(pattern=r"^[0-9A-Za-z-]{1,64}\Z")]
+Text = Annotated[str, Meta(max_length=1024)]
+Pem = Annotated[str, Meta(max_length=8192)]
+Number = Annotated[int, Meta(ge=0)]
+Epoch = Annotated[int, Meta(ge=1, le=LAST_EPOCH)]
+Seconds = Annotated[float, Meta(ge=0, le=86400)]
 
 
 class BadRecord(Refused):
@@ -114,7 +115,6 @@ class DiskIdentity:
     numbers of network storage differ from host to host.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
     uuid: Identity
     device: Number
     inode: Number
@@ -127,7 +127,6 @@ class Owner:
     host holds it until it says otherwise.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
     host: Identity
     boot: Identity
     pid: Number | None = None
@@ -143,7 +142,6 @@ class Grant:
     ``seconds``, as each observer times it on its own clock; None: never.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
     host: Identity
     request: Identity
     seconds: Seconds | None
@@ -155,7 +153,6 @@ class Operation:
     long as somebody there holds the lock on the file ``lock``.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
     id: Identity
     kind: Text
     lock: Text
@@ -183,7 +180,6 @@ class LeaseRecord:
     the one that was found.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
     disk: DiskIdentity
     epoch: Epoch
     state: State
@@ -193,7 +189,7 @@ class LeaseRecord:
     lender: Owner | None = None
     grant: Grant | None = None
     request: Identity | None = None
-    readers: Annotated[tuple[Text, ...], Field(max_length=4096)] = ()
+    readers: Annotated[tuple[Text, ...], Meta(max_length=4096)] = ()
     note: Text = ""
     operation: Operation | None = None
     alternate: DiskIdentity | None = None
@@ -234,7 +230,6 @@ class Proof:
     in hexadecimal digits.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
     certificate: Pem
     signature: Text
 
@@ -243,7 +238,6 @@ class Proof:
 class Request:
     """Somebody asks for a disk. It is good for the epoch it names and no other."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
     id: Identity
     epoch: Epoch
     requester: Owner
@@ -267,7 +261,6 @@ class Answer:
     seconds, ``done`` and ``total`` tell how far the work is that keeps the disk busy.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
     request: Identity
     said: Said
     epoch: Number
@@ -281,7 +274,6 @@ class Answer:
 class Work:
     """What keeps a disk busy, and how far it is, in bytes."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
     operation: Identity
     name: Text
     done: Number = 0
@@ -295,20 +287,12 @@ KINDS: Mapping[type, str] = {
     Answer: "answer",
     Work: "work",
 }
-_ADAPTERS: dict[type, TypeAdapter[Any]] = {}
-
-
-def _adapter(kind: type) -> TypeAdapter[Any]:
-    """What reads and writes such values; making it takes longer than many a command."""
-    if kind not in _ADAPTERS:
-        _ADAPTERS[kind] = TypeAdapter(kind)
-    return _ADAPTERS[kind]
 
 
 def encode(value: LeaseRecord | Request | Answer | Work) -> bytes:
     """The value as JSON, with format, version and checksum."""
     kind = type(value)
-    fields = _adapter(kind).dump_python(value, mode="json")
+    fields = msgspec.to_builtins(value)
     body = {"format": f"promoter-{KINDS[kind]}", "version": VERSION, **fields}
     data = _canonical({**body, "sha256": _checksum(body)}, indent=1) + b"\n"
     if len(data) > LARGEST:
@@ -329,22 +313,38 @@ def parse(kind: type[Sealed], data: bytes, where: str) -> Sealed:
         _bad(where, "its checksum is wrong: torn or changed")
     del body["format"], body["version"]
     try:
-        value: Sealed = _adapter(kind).validate_json(_canonical(body), strict=True)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        _bad(where, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        value = msgspec.convert(body, kind)
+    except msgspec.ValidationError as error:
+        _bad(where, str(error))
     except BadRecord as error:
         _bad(where, error.message)
+    if surplus := _surplus(body, msgspec.to_builtins(value)):
+        _bad(where, f"it has a {surplus}, which this promoter does not know")
     return value
+
+
+def _surplus(found: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+    """The first field, also of what is inside, that no record has; "" if there is none."""
+    for name, value in found.items():
+        if name not in known:
+            return name
+        if isinstance(value, dict) and (inside := _surplus(value, known[name])):
+            return inside
+    return ""
 
 
 def _object(data: bytes, where: str) -> dict[str, Any]:
     if len(data) > LARGEST:
         _bad(where, f"it is larger than {LARGEST} bytes")
     try:
-        body = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        _bad(where, "it is not whole JSON")
+        body = json.loads(
+            data.decode(),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_int=_of_64_bits,
+        )
+    except (ValueError, RecursionError) as error:
+        _bad(where, f"it is not whole JSON: {error}")
     if not isinstance(body, dict):
         _bad(where, "it is no JSON object")
     return body
@@ -355,6 +355,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a key stands twice")
     return found
+
+
+def _of_64_bits(text: str) -> int:
+    if (number := int(text)) >= 2**64:
+        raise ValueError(f"{number} is too large")
+    return number
 
 
 def _no_constant(name: str) -> NoReturn:
