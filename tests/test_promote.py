@@ -359,7 +359,7 @@ def test_only_a_target_that_is_still_blank_is_taken_for_zeros(
         promoting = start(tmp_path / "state", *words)
         read_until(promoting, '"phase": "mirror"')
         promoting.kill()
-        promoting.wait()
+        ended(promoting)
         (job,) = vm.qmp("query-jobs")
         vm.qmp("block-job-cancel", device=job["id"], force=True)
         resumed = promoter(tmp_path / "state", "job", "resume", "--json")
