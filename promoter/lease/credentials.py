@@ -63,17 +63,19 @@ class Credentials:
             made.load_verify_locations(self.directory / "ca.pem")
             made.load_cert_chain(self.directory / "host.pem", self.directory / "host.key")
         except OSError as error:
-            raise Refused(
-                f"the certificates in {self.directory} cannot be used: {error}",
-                "Make them: promoter agent init --help",
-            ) from error
+            raise _unusable(self.directory, error) from error
+        if server:
+            made.num_tickets = 0  # whoever comes again shows a certificate that is valid then
         return made
 
     def check(self, host: str) -> None:
         """Raises `Refused` unless the certificate is of ``host``."""
         from promoter.lease import signing
 
-        peer = peer_of(signing.names_in((self.directory / "host.pem").read_bytes()))
+        try:
+            peer = peer_of(signing.names_in((self.directory / "host.pem").read_bytes()))
+        except (OSError, ValueError) as error:
+            raise _unusable(self.directory, error) from error
         if peer.host != host:
             raise Refused(
                 f"the certificate in {self.directory} is of host {peer.host}, and this is {host}",
@@ -88,9 +90,13 @@ class Credentials:
         """The request with the proof that it is this host's."""
         from promoter.lease import signing
 
-        certificate = (self.directory / "host.pem").read_text()
-        key = (self.directory / "host.key").read_bytes()
-        return replace(request, proof=Proof(certificate, signing.sign(key, to_sign(request, disk))))
+        try:
+            certificate = (self.directory / "host.pem").read_text()
+            key = (self.directory / "host.key").read_bytes()
+            signature = signing.sign(key, to_sign(request, disk))
+        except (OSError, ValueError, TypeError) as error:
+            raise _unusable(self.directory, error) from error
+        return replace(request, proof=Proof(certificate, signature))
 
     def roles_of(self, request: Request, disk: str) -> frozenset[Role]:
         """What the requester may ask for. Raises `Untrusted` when that is not proved."""
@@ -105,12 +111,19 @@ class Credentials:
                 request.proof.signature,
                 to_sign(request, disk),
             )
-        except signing.NotProved as error:
+        except (signing.NotProved, OSError, ValueError) as error:  # or ours cannot be used
             raise Untrusted(f"the request's signature does not prove who asks: {error}") from error
         peer = peer_of(names)
         if peer.host != request.requester.host:
             raise Untrusted(f"host {peer.host} asks in the name of another")
         return peer.roles
+
+
+def _unusable(directory: Path, error: Exception) -> Refused:
+    return Refused(
+        f"the certificates in {directory} cannot be used: {error}",
+        "Make them anew: promoter agent init --help",
+    )
 
 
 def peer_of(uris: Iterable[str]) -> Peer:

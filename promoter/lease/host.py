@@ -60,12 +60,16 @@ def this_host(state: Path) -> Host:
             raise Refused(f"{given} is no host's name", "Up to 64 letters, digits and dashes.")
     else:
         name = _from_machine_id(given)
-    endpoint = agent_directory(state) / "endpoint"
-    return Host(
-        name,
-        BOOT.read_text().strip(),
-        endpoint.read_text().strip() if endpoint.exists() else None,
-    )
+    return Host(name, BOOT.read_text().strip(), _endpoint(agent_directory(state) / "endpoint"))
+
+
+def _endpoint(file: Path) -> str | None:
+    try:
+        return file.read_text().strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise Refused(f"{file} cannot be read: {error}", "Run promoter as root.") from error
 
 
 def agent_directory(state: Path) -> Path:
