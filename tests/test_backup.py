@@ -140,7 +140,7 @@ STEPS = ["snapshot", "switch over", "copy", "consolidate", "mirror", "tidy", "pr
 TYPICAL = {("copy", "both"), ("mirror", "promoter")}
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("step", "whom"),
     [
@@ -171,7 +171,7 @@ def test_killed_at_any_step_it_is_finished_by_resume(case: Case, step: str, whom
         case.prove_as_before()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.nightly
 def test_cancelled_it_merges_the_delta_all_the_same(case: Case) -> None:
     with case.guest as guest:
         guest.wait_for_acks(60)

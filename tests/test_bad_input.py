@@ -718,7 +718,7 @@ def test_ctrl_c_puts_everything_back(place: Place, tmp_path: Path, seed: str) ->
     assert only_job(tmp_path)["status"] == "cancelled"
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.nightly
 @pytest.mark.parametrize("seed", ["convert", "none"])
 def test_sigterm_leaves_it_for_resume(tmp_path: Path, seed: str) -> None:
     images, state = tmp_path / "images", tmp_path / "state"

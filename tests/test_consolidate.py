@@ -408,6 +408,7 @@ def test_all_disks_are_merged_and_switch_together(make: Make, tmp_path: Path) ->
         case.prove_boots(2)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("qemu", ["newer"], indirect=True)
 def test_a_commits_start_stops_the_guest_where_qemu_would_lose_writes(
     tmp_path: Path, qemu: str

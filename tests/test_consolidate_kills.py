@@ -74,9 +74,7 @@ def every_cell() -> Iterator[Cell]:
 
 
 TYPICAL = {
-    Cell("qemu", "snapshot", "snapshotted", "promoter itself"),
     Cell("qemu", "consolidate", "drained", "both, resumed first"),
-    Cell("qemu", "consolidate", "renamed", "promoter and guard"),
     Cell("libvirt", "consolidate", "pivoted", "promoter itself qemu"),
 }
 CELLS = [

@@ -244,6 +244,7 @@ def heavy(directory: Path) -> list[Path]:
 PHASES = {"": "commit", "--beside": "mirror"}
 
 
+@pytest.mark.nightly
 @NIGHTLY_LIBVIRT
 @pytest.mark.parametrize("words", [(), pytest.param(("--beside",), marks=pytest.mark.nightly)])
 def test_cancelled_it_leaves_the_guest_on_its_chain(

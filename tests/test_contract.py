@@ -108,7 +108,7 @@ def test_a_linked_clone_becomes_a_full_clone(case: Case) -> None:
     assert sha256(base().read_bytes()).hexdigest() == before
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("options", [("--seed", "none"), ("--format", "raw"), ("--speed", "20M")])
 def test_however_it_is_asked_for(case: Case, options: tuple[str, ...], tmp_path: Path) -> None:
     with case.guest as guest:
@@ -202,7 +202,7 @@ def test_a_dry_run_changes_nothing(case: Case) -> None:
         case.prove_unchanged(files)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("phase", "speed"), [("seed", SLOW), ("mirror", "20M")])
 def test_cancelled_it_leaves_nothing_behind(case: Case, phase: str, speed: str) -> None:
     with case.guest as guest:
@@ -297,7 +297,7 @@ def test_a_guest_that_dies_in_the_middle_has_its_old_disk(case: Case) -> None:
         case.prove_unchanged(files)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [

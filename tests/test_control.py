@@ -157,6 +157,7 @@ def test_who_watches_is_told_when_promoter_dies(vm: VM, tmp_path: Path) -> None:
     assert "it is interrupted" in dead.err
 
 
+@pytest.mark.nightly
 def test_to_stop_watching_stops_nothing_else(promoting: Promoting) -> None:
     watching = promoting.watch("--json")
     read_until(watching, '"event": "progress"')

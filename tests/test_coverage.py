@@ -212,7 +212,7 @@ CELLS = [*rows(), *REFUSED]
 
 def of_sample(number: int) -> bool:
     """Is the cell tried for every change?"""
-    return number % 15 == 0
+    return number % 20 == 0
 
 
 def table(outcomes: Mapping[int, str]) -> str:
@@ -226,7 +226,7 @@ def table(outcomes: Mapping[int, str]) -> str:
 INTRODUCTION = """\
 # Coverage
 
-`ci/nightly` writes this file when every cell below held, `ci/test` tries every fifteenth; see
+`ci/nightly` writes this file when every cell below held, `ci/test` tries every twentieth; see
 tests/test_coverage.py. Each cell is a
 real guest that writes while its disk is promoted, and is checked record by record. Any two values
 of different columns that can go together are in one cell that is promoted.

@@ -96,7 +96,7 @@ def is_promoted(case: Case) -> bool:
     return bool(status[0]["status"] == "done")
 
 
-@pytest.mark.parametrize(("point", "target"), [*first_way(POINTS[::3]), *SECOND_WAY])
+@pytest.mark.parametrize(("point", "target"), [*first_way(POINTS[::5]), *SECOND_WAY])
 def test_a_killed_promoter_is_finished_by_resume(
     tmp_path: Path, base_digest: str, point: str, target: bool
 ) -> None:
@@ -115,7 +115,7 @@ def test_a_killed_promoter_is_finished_by_resume(
     assert sha256(base().read_bytes()).hexdigest() == base_digest
 
 
-@pytest.mark.parametrize(("point", "target"), [*first_way(POINTS[1::5]), *SECOND_WAY])
+@pytest.mark.parametrize(("point", "target"), [*first_way(POINTS[1::7]), *SECOND_WAY])
 def test_a_killed_qemu_leaves_one_true_disk(
     tmp_path: Path, base_digest: str, point: str, target: bool
 ) -> None:
@@ -133,7 +133,7 @@ def test_a_killed_qemu_leaves_one_true_disk(
     assert sha256(base().read_bytes()).hexdigest() == base_digest
 
 
-@pytest.mark.parametrize(("point", "resumed_first"), [*first_way(POINTS[2::5]), *SECOND_WAY])
+@pytest.mark.parametrize(("point", "resumed_first"), [*first_way(POINTS[2::7]), *SECOND_WAY])
 def test_when_both_are_killed_boot_and_resume_agree_in_either_order(
     tmp_path: Path, base_digest: str, point: str, resumed_first: bool
 ) -> None:
@@ -154,7 +154,7 @@ def test_when_both_are_killed_boot_and_resume_agree_in_either_order(
     assert sha256(base().read_bytes()).hexdigest() == base_digest
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("qemu", ["newer"], indirect=True)
 @pytest.mark.parametrize("point", AT_A_START)
 @pytest.mark.parametrize("whom", ["promoter", "promoter and guard"])

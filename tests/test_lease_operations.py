@@ -272,6 +272,7 @@ def test_a_guest_that_runs_outside_of_its_disks_lease_is_refused(
         assert record(disk) == taken
 
 
+@pytest.mark.nightly
 def test_a_host_that_holds_the_lease_itself_changes_the_disk(tmp_path: Path, hosts: Hosts) -> None:
     a, _ = hosts
     disk = linked_clone(base(), tmp_path / "clone.qcow2")

@@ -208,7 +208,7 @@ def test_a_libvirtd_that_is_killed_and_comes_back_is_no_hindrance(
         case.prove(promoted=True)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.nightly
 @pytest.mark.parametrize("point", ["before AWAIT_READY", "before SWITCH_OVER"])
 def test_promoter_and_libvirtd_are_killed_and_resume_finishes(case: Case, point: str) -> None:
     with case.domain as domain:

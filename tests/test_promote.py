@@ -131,7 +131,7 @@ def test_a_target_elsewhere_is_a_full_clone_and_the_old_path_is_gone(
     assert "backing file" not in qemu_img("info", target)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("words", "layout"),
     [
@@ -161,6 +161,7 @@ def test_the_layout_of_the_new_disk_can_be_chosen(
         assert (info["actual-size"] >= info["virtual-size"]) is ("full" in words)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("depth", [1, 2])
 def test_an_encrypted_clone_is_promoted_to_clear_text_when_asked(
     tmp_path: Path, untouched_base: Path, depth: int
@@ -188,6 +189,7 @@ def test_an_encrypted_clone_is_promoted_to_clear_text_when_asked(
     assert "encrypted: yes" not in qemu_img("info", target)
 
 
+@pytest.mark.nightly
 def test_internal_snapshots_stay_in_the_old_overlay_when_asked(
     tmp_path: Path, untouched_base: Path
 ) -> None:
@@ -205,6 +207,7 @@ def test_internal_snapshots_stay_in_the_old_overlay_when_asked(
     assert "before-upgrade" in qemu_img("snapshot", "-l", promoted.result["disks"][0]["old"])
 
 
+@pytest.mark.nightly
 def test_a_copied_seed_needs_no_conversion(tmp_path: Path, untouched_base: Path) -> None:
     clone = linked_clone(untouched_base, tmp_path / "clone.qcow2")
     with VM(tmp_path, [Disk(clone)], writer={"rate": 0}) as vm:
@@ -300,7 +303,7 @@ def test_a_running_promotion_takes_another_speed(
     prove_full_clone(clone, vm.log)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.nightly
 @pytest.mark.parametrize(("words", "together"), [([], False), (["--parallel", "2"], True)])
 def test_disks_on_one_file_system_are_seeded_in_turn_unless_asked_for_more(
     tmp_path: Path, untouched_base: Path, words: list[str], together: bool
@@ -371,6 +374,7 @@ def test_only_a_target_that_is_still_blank_is_taken_for_zeros(
     prove_full_clone(clone, vm.log)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("qemu", ["newer"], indirect=True)
 @pytest.mark.usefixtures("qemu")
 def test_a_guest_with_iothreads_that_is_continued_meanwhile_stays_where_it_is(
@@ -613,6 +617,7 @@ def test_a_snapshot_by_somebody_else_during_the_seed_is_promoted_too(
     assert "backing file" in qemu_img("info", clone), "the layer below is as it was"
 
 
+@pytest.mark.nightly
 def test_a_commit_into_a_layer_that_is_being_seeded_is_refused_by_its_lock(
     tmp_path: Path, untouched_base: Path
 ) -> None:
@@ -653,6 +658,7 @@ def test_a_commit_of_the_clone_into_its_base_while_that_is_copied_is_noticed(
     assert {path.name for path in tmp_path.glob("*.qcow2*")} == {"base.qcow2", "clone.qcow2"}
 
 
+@pytest.mark.nightly
 def test_a_stream_by_somebody_else_during_the_seed_leaves_nothing_to_do(
     tmp_path: Path, untouched_base: Path
 ) -> None:

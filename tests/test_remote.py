@@ -126,7 +126,7 @@ def test_a_domain_of_another_host_is_promoted_there(elsewhere: Elsewhere) -> Non
         assert again.code == 3, again  # it does not run now
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("point", "whom"),
     [
@@ -205,6 +205,7 @@ def made(elsewhere: Elsewhere) -> bool:
     return any(from_json(Move, entry.intent).disks[0].made for entry in running)
 
 
+@pytest.mark.nightly
 def test_what_cannot_be_done_there_is_refused(elsewhere: Elsewhere) -> None:
     taken = elsewhere.there / "taken.qcow2"
     taken.write_text("somebody's")

@@ -21,7 +21,7 @@ from tests.vm import (
 )
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("style", "bus"),
     [*((style, Bus.VIRTIO) for style in Style), *((Style.NODES, bus) for bus in list(Bus)[1:])],
