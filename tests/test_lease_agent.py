@@ -649,6 +649,10 @@ def test_init_makes_a_certificate_and_does_not_show_the_keys(tmp_path: Path) -> 
     before = (tmp_path / "ca" / "ca.pem").read_bytes()
     certificates.authority(tmp_path / "ca")
     assert (tmp_path / "ca" / "ca.pem").read_bytes() == before
+    keys[1].rename(tmp_path / "ca.key")
+    with pytest.raises(Refused, match="one file is missing"):
+        certificates.authority(tmp_path / "ca")
+    (tmp_path / "ca.key").rename(keys[1])
     for wrong in (["--host", "a/b"], ["--endpoint", "nowhere"], ["--endpoint", "a:70000"]):
         refused = promoter(tmp_path, *words, *wrong, "--json")
         assert (refused.code, refused.result["hint"] != "") == (4, True), wrong

@@ -39,6 +39,11 @@ def authority(directory: Path) -> None:
     key_file, certificate_file = directory / "ca.key", directory / "ca.pem"
     if key_file.exists() and certificate_file.exists():
         return
+    if key_file.exists() or certificate_file.exists():
+        raise Refused(
+            f"of the authority in {directory} one file is missing",
+            "Put ca.key and ca.pem there, both, or begin in another directory.",
+        )
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "promoter's private CA")])
