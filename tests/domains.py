@@ -22,6 +22,7 @@ import libvirt
 from tests.vm import (
     AGENT,
     BOOT_TIMEOUT_S,
+    KERNEL,
     NICE,
     ROOTS,
     Bus,
@@ -289,7 +290,7 @@ class Domain:
         iothreads = int(any(disk.iothread for disk in self.disks))
         runs_in = "<driver iothread='1'/>" if iothreads else ""
         host = f"<controller type='scsi' model='virtio-scsi'>{runs_in}</controller>" * scsi
-        line = f"console=ttyS0 quiet panic=-1 no_timer_check root={ROOTS[self.disks[0].bus]}"
+        line = f"{KERNEL} root={ROOTS[self.disks[0].bus]}"
         channel = f"<channel type='unix'><target type='virtio' name='{AGENT}'/></channel>"
         if self._agent is None:
             channel = ""

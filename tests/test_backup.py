@@ -184,7 +184,7 @@ def test_cancelled_it_merges_the_delta_all_the_same(case: Case) -> None:
         case.prove_as_before()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.nightly
 def test_a_directory_that_runs_full_ends_it_and_the_delta_is_merged(
     case: Case, tmp_path: Path
 ) -> None:

@@ -329,6 +329,7 @@ UNREACHABLE = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", UNREACHABLE)
 def test_a_guest_that_cannot_be_reached_is_said_so_promptly(place: Place, case: str) -> None:
     make, said = UNREACHABLE[case]

@@ -116,6 +116,7 @@ def test_snapshots_promotions_and_consolidations_follow_each_other(
     case.prove_tidy(case.active, last, first, case.state)
 
 
+@pytest.mark.nightly
 def test_what_follows_a_commit_finds_the_path_that_the_guest_boots_from(tmp_path: Path) -> None:
     """QEMU knows the disk by the layer's own name then, which says nothing of that path."""
     layers = chain(tmp_path, 2)

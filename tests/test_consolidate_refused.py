@@ -284,6 +284,7 @@ def test_terminated_it_goes_on_when_resumed(
         case.prove_boots(2)
 
 
+@pytest.mark.nightly
 def test_without_room_in_the_target_nothing_changes_and_it_works_when_there_is(
     tmp_path: Path,
 ) -> None:

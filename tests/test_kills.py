@@ -177,6 +177,7 @@ def test_a_guest_that_was_stopped_for_a_mirrors_start_is_continued(
         case.prove(promoted=True)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("qemu", ["newer"], indirect=True)
 def test_a_promoter_that_hangs_at_a_mirrors_start_does_not_freeze_its_guest(
     tmp_path: Path, qemu: str

@@ -99,6 +99,7 @@ def _command_line(process: Path) -> bytes:
         return b""
 
 
+@pytest.mark.nightly
 def test_of_several_disks_a_domain_has_all_or_none(
     hosts: tuple[LibvirtHost, LibvirtHost], tmp_path: Path
 ) -> None:
@@ -112,6 +113,7 @@ def test_of_several_disks_a_domain_has_all_or_none(
     assert not LeaseFile(data).requests()
 
 
+@pytest.mark.nightly
 def test_of_a_domains_disks_those_count_that_it_may_write() -> None:
     found = hook.parse(
         """

@@ -426,6 +426,7 @@ def test_a_copy_of_somebody_else_is_adopted(case: Case, tmp_path: Path) -> None:
         case.prove(promoted=True)
 
 
+@pytest.mark.nightly
 def test_incremental_backups_go_on(case: Case, tmp_path: Path) -> None:
     with case.domain as domain:
         domain.wait_for_acks(60)

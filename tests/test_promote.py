@@ -636,6 +636,7 @@ def test_a_commit_into_a_layer_that_is_being_seeded_is_refused_by_its_lock(
     prove_full_clone(layers[-1], vm.log)
 
 
+@pytest.mark.nightly
 def test_a_commit_of_the_clone_into_its_base_while_that_is_copied_is_noticed(
     tmp_path: Path, untouched_base: Path
 ) -> None:

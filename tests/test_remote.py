@@ -156,6 +156,7 @@ def test_a_killed_promotion_is_finished_by_resume(
         elsewhere.prove(promoted=True)
 
 
+@pytest.mark.nightly
 def test_cancelled_what_was_half_made_goes_or_is_named(elsewhere: Elsewhere) -> None:
     with elsewhere.running() as domain:
         with elsewhere.pool():

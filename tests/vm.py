@@ -33,6 +33,7 @@ from tests.records import Ack, read_acks
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "vm-images" / "build.py"
 QEMUS = ROOT / ".qemu"  # of ci/qemu
+KERNEL = "console=ttyS0 quiet panic=-1 no_timer_check cryptomgr.notests mitigations=off"
 NICE = ("nice", "-n", "10")  # a busy guest leaves the processor to what is tested
 MIB = 1 << 20
 SPARE_OFFSET = 176 * MIB  # of `base`: behind the partitions, 16 MiB that the guest never touches
@@ -282,7 +283,7 @@ def boot_arguments(bus: Bus, writer: dict[str, object]) -> list[str]:
     if not kernel.exists():
         return []
     words = [f"writer.{name}={value}" for name, value in writer.items()]
-    line = " ".join(["console=ttyS0 quiet panic=-1 no_timer_check", f"root={ROOTS[bus]}", *words])
+    line = " ".join([KERNEL, f"root={ROOTS[bus]}", *words])
     return ["-kernel", str(kernel), "-initrd", str(images() / "initrd"), "-append", line]
 
 
