@@ -68,6 +68,9 @@ def strike(whom: str, pid: int) -> None:
                 os.kill(int(guard), signal.SIGKILL)
     if whom in ("promoter", "both", "promoter and guard"):
         os.kill(os.getpid(), signal.SIGKILL)
+    if whom == "promoter of a stopped qemu":
+        os.kill(pid, signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGKILL)
     if whom == "hang":
         os.kill(os.getpid(), signal.SIGSTOP)
 

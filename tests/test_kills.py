@@ -14,7 +14,7 @@ from promoter.operations.guarding import DEADLINE
 from tests import records
 from tests.cli import Ran, ended, promoter, start
 from tests.struck import AT_A_START, POINTS
-from tests.vm import VM, Disk, GuestDied, base, linked_clone, qemu_img
+from tests.vm import VM, Disk, GuestDied, base, linked_clone, qemu_img, wait_for
 
 LEAKS = 3  # qemu-img check: clusters that nobody uses, which a killed QEMU may leave
 
@@ -195,6 +195,23 @@ def test_a_promoter_that_hangs_at_a_mirrors_start_does_not_freeze_its_guest(
         assert vm.qmp("query-jobs") == []
         vm.wait_for_acks(20)
         case.prove(promoted=False)
+
+
+def test_a_guard_stays_until_a_slow_qemu_has_heard_it(tmp_path: Path) -> None:
+    """QEMU forgets what it has not come to when its monitor's last client goes away."""
+    case = Case(tmp_path, target=False)
+    with case.vm:
+        case.vm.wait_for_acks(60)
+        struck = case.strike("completing", "promoter of a stopped qemu")
+        assert struck.wait(60) == -signal.SIGKILL
+        wait_for(lambda: not list(tmp_path.glob("*.next-*")), "the guard", 10)
+        os.kill(case.vm.pid, signal.SIGCONT)
+        ended(struck)  # the guard too
+        case.vm.wait_for_acks(40)
+        assert case.resume().code == 0
+        case.vm.kill()
+        case.boot()
+        case.prove(promoted=True)
 
 
 @pytest.mark.sampled(2)

@@ -28,6 +28,8 @@ from promoter.storage.names import Names
 from promoter.values import from_json
 
 READY, ALIVE, LEAVE = b"r", b".", b"q"
+LONGEST_SILENCE = 300.0
+"""Seconds that a QEMU may take to answer: nobody waits for the guard."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,7 @@ def watch(spec: GuardSpec, pipe: int) -> None:
         if LEAVE in said:
             return
         if not said:
-            if take_over(spec):
-                _check(spec)
+            _check(spec, finished=take_over(spec))
             return
 
 
@@ -90,11 +91,15 @@ def take_over(spec: GuardSpec) -> bool:
     return finished
 
 
-def _check(spec: GuardSpec) -> None:
-    """promoter is dead: a disk whose job failed to finalize gets its old name back."""
+def _check(spec: GuardSpec, *, finished: bool) -> None:
+    """promoter is dead: a disk whose job failed to finalize gets its old name back.
+
+    The answer also says that QEMU has heard all before it: what it has not come to when the last
+    end of its monitor is closed, it forgets, and the guest would stand still.
+    """
     answer = _ask(spec, "query-jobs")
     errors = {job["id"]: job.get("error") for job in answer or ()}
-    for switch in spec.switches:
+    for switch in spec.switches if finished else ():
         if errors.get(switch.job):
             switch.names.put_back()
 
@@ -112,7 +117,7 @@ def _ask(spec: GuardSpec, command: str) -> Any:
     """The answer to a query, past whatever else is in the stream; None when the guest is gone."""
     _send(spec, {"execute": command, "id": command})
     text = b""
-    while select.select([spec.monitor], [], [], spec.deadline)[0]:
+    while select.select([spec.monitor], [], [], LONGEST_SILENCE)[0]:
         try:
             chunk = os.read(spec.monitor, 65536)
         except OSError:
