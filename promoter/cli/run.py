@@ -34,6 +34,7 @@ from promoter.values import from_json, to_json
 
 Op = TypeVar("Op", MoveOperation, BackupOperation)
 Planner = Callable[[Guest, str, Choices, Path], Awaitable[Plan]]
+LOOKS = 50
 ENDED = frozenset({OperationStatus.DONE, OperationStatus.FAILED, OperationStatus.CANCELLED})
 
 
@@ -156,10 +157,19 @@ async def watch(identity: str, state: Path, output: Output) -> None:
     """Show a running operation until it ends; its error is raised here too."""
     running = _running(identity, state)
     await control.watch(state, running, partial(replay, output=output))
-    if Journal(state).entry(running).status is OperationStatus.INTERRUPTED:
+    if await _ended(running, state) is OperationStatus.INTERRUPTED:
         raise Interrupted(
             f"operation {running} stopped half-way", f"Continue: promoter job resume {running}"
         )
+
+
+async def _ended(running: str, state: Path) -> OperationStatus:
+    """How an operation stands that answers no more: one that was killed ends a moment later."""
+    for _ in range(LOOKS):
+        if (status := Journal(state).entry(running).status) is not OperationStatus.RUNNING:
+            break
+        await asyncio.sleep(0.1)
+    return status
 
 
 def _running(identity: str, state: Path) -> str:
