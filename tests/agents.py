@@ -15,7 +15,8 @@ from promoter.lease import certificates
 from promoter.lease.credentials import Credentials
 from promoter.lease.host import agent_directory, this_host
 from promoter.lease.ledger import Ledger
-from promoter.lease.record import LARGEST, Role
+from promoter.lease.record import LARGEST
+from promoter.lease.rules import Role
 from tests.cli import start
 
 

@@ -22,22 +22,9 @@ from enum import Enum, IntEnum
 from functools import cache
 from typing import Generic, NamedTuple, TypeVar
 
-from promoter.lease import record as rules
-from promoter.lease.record import (
-    Beat,
-    Closed,
-    DiskIdentity,
-    Evidence,
-    Grant,
-    Illegal,
-    LeaseRecord,
-    Lock,
-    Operation,
-    Owner,
-    Stamp,
-    Storage,
-    Verdict,
-)
+from promoter.lease import rules
+from promoter.lease.record import DiskIdentity, Grant, LeaseRecord, Operation, Owner, Stamp
+from promoter.lease.rules import Beat, Closed, Evidence, Illegal, Lock, Storage, Verdict
 
 HOSTS = range(3)
 Value = TypeVar("Value")

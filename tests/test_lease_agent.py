@@ -25,8 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from promoter.errors import LeaseHeld, Refused
-from promoter.lease import certificates, claim
-from promoter.lease import record as rules
+from promoter.lease import certificates, claim, rules
 from promoter.lease.agent import MOST_FROM_ONE_ADDRESS, MOST_REQUESTS, wake
 from promoter.lease.bell import PATH
 from promoter.lease.credentials import Credentials, Untrusted, parse_endpoint, peer_of
@@ -36,16 +35,15 @@ from promoter.lease.ledger import MOST_REFUSALS
 from promoter.lease.record import (
     LARGEST,
     Answer,
-    Holding,
+    DiskIdentity,
     LeaseRecord,
     Owner,
-    Policy,
     Request,
-    Role,
     Said,
     State,
     encode,
 )
+from promoter.lease.rules import Holding, Policy, Role
 from promoter.lease.store import Asked
 from promoter.lease.unit import unit
 from tests.agents import (
@@ -264,7 +262,7 @@ def answer_on_storage(store: LeaseFile, request: Request) -> Answer:
 
 @pytest.mark.parametrize("policy", Policy)
 def test_what_a_running_guest_has_needs_a_role_of_its_own(policy: Policy) -> None:
-    held = LeaseRecord(rules.DiskIdentity("d", 1, 1), 1, State.HELD, Owner("a", "b"), "n", "")
+    held = LeaseRecord(DiskIdentity("d", 1, 1), 1, State.HELD, Owner("a", "b"), "n", "")
     asked = Request("r", 1, Owner("b", "b"), "")
 
     def answer(*roles: Role) -> Said:

@@ -15,13 +15,12 @@ from typing import Any
 import pytest
 
 from promoter.errors import NoSpace, Refused
-from promoter.lease import record as rules
+from promoter.lease import rules
 from promoter.lease.file import LeaseFile
 from promoter.lease.record import (
     Answer,
     BadRecord,
     LeaseRecord,
-    Lock,
     Owner,
     Request,
     Said,
@@ -29,6 +28,7 @@ from promoter.lease.record import (
     encode,
     parse,
 )
+from promoter.lease.rules import Lock
 from promoter.lease.store import Asked, CouldNotTell
 from tests.vm import file_system
 
@@ -329,7 +329,7 @@ RACER = """
 import sys
 from pathlib import Path
 from dataclasses import replace
-from promoter.lease import record as rules
+from promoter.lease import rules
 from promoter.lease.file import LeaseFile
 from promoter.lease.record import LeaseRecord, Owner, Stamp, State
 me, pool, attempts = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])

@@ -17,7 +17,8 @@ import pytest
 
 from promoter.lease.file import LeaseFile
 from promoter.lease.liveness import lock_on
-from promoter.lease.record import Lock, State
+from promoter.lease.record import State
+from promoter.lease.rules import Lock
 from tests import records
 from tests.agents import agent, audit, certify, refusals
 from tests.test_lease_run import (

@@ -17,7 +17,8 @@ from promoter.lease.claim import Acquisition
 from promoter.lease.file import LeaseFile
 from promoter.lease.host import Host, this_host
 from promoter.lease.liveness import Heartbeat, Silence, fence, storage_of
-from promoter.lease.record import Answer, Illegal, LeaseRecord, Lock, Said, State, Storage
+from promoter.lease.record import Answer, LeaseRecord, Said, State
+from promoter.lease.rules import Illegal, Lock, Storage
 from promoter.lease.store import CouldNotTell
 
 ONE, TWO = Host("host-one", "boot-1"), Host("host-two", "boot-1")

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from promoter.lease import record as rules
+from promoter.lease import rules
 from promoter.lease.claim import let_go
 from promoter.lease.file import LeaseFile
 from promoter.lease.host import Host, new_stamp, this_host
 from promoter.lease.liveness import lock_on
-from promoter.lease.record import DiskIdentity, LeaseRecord, Lock, State
+from promoter.lease.record import DiskIdentity, LeaseRecord, State
+from promoter.lease.rules import Lock
 from tests import records
 from tests.cli import Ran, ended, start
 from tests.domains import Domain, Libvirtd

@@ -13,33 +13,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promoter.lease import record as rules
+from promoter.lease import rules
 from promoter.lease.record import (
     LARGEST,
-    STEPS,
+    LAST_EPOCH,
     Answer,
     BadRecord,
-    Beat,
-    Closed,
     DiskIdentity,
-    Evidence,
     Grant,
-    Holding,
-    Illegal,
     LeaseRecord,
-    Lock,
     Operation,
     Owner,
-    Policy,
     Request,
     Said,
     Stamp,
     State,
-    Step,
-    Storage,
     Work,
+    _checksum,
     encode,
     parse,
+)
+from promoter.lease.rules import (
+    STEPS,
+    Beat,
+    Closed,
+    Evidence,
+    Holding,
+    Illegal,
+    Lock,
+    Policy,
+    Step,
+    Storage,
 )
 
 DISK = DiskIdentity("d1", 7, 42)
@@ -185,7 +189,7 @@ def test_a_base_is_not_claimed_while_others_read_through_it() -> None:
 
 def test_the_last_epoch_is_the_end_and_not_the_first_again() -> None:
     with pytest.raises(Illegal, match="the last"):
-        rules.release(replace(HELD, epoch=rules.LAST_EPOCH), ONE.host, "r", STAMP)
+        rules.release(replace(HELD, epoch=LAST_EPOCH), ONE.host, "r", STAMP)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +231,7 @@ def sealed(**changes: Any) -> bytes:
     body = json.loads(encode(RELEASING)) | changes
     body = {key: value for key, value in body.items() if value is not ...}
     del body["sha256"]
-    return json.dumps({**body, "sha256": rules._checksum(body)}).encode()
+    return json.dumps({**body, "sha256": _checksum(body)}).encode()
 
 
 def test_what_is_sealed_again_unchanged_is_read() -> None:
@@ -288,7 +292,7 @@ owners = st.builds(Owner, names, names, st.none() | numbers, st.none() | numbers
 helds = st.builds(
     LeaseRecord,
     disk=st.builds(DiskIdentity, names, numbers, numbers),
-    epoch=st.integers(1, rules.LAST_EPOCH),
+    epoch=st.integers(1, LAST_EPOCH),
     state=st.just(State.HELD),
     owner=owners,
     nonce=names,

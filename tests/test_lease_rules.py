@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from promoter.lease import record as rules
-from promoter.lease.record import Beat, Lock, Storage, Verdict
+from promoter.lease import rules
+from promoter.lease.rules import Beat, Lock, Storage, Verdict
 from tests.lease_model import Guard, explore
 
 VERDICTS = {

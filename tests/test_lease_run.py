@@ -18,7 +18,8 @@ import pytest
 from promoter.errors import Refused
 from promoter.lease.file import LeaseFile
 from promoter.lease.liveness import lock_on
-from promoter.lease.record import LeaseRecord, Lock, Policy, State
+from promoter.lease.record import LeaseRecord, State
+from promoter.lease.rules import Lock, Policy
 from promoter.lease.run import RunSpec
 from tests import records
 from tests.cli import Ran, ended, promoter, start

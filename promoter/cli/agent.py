@@ -18,7 +18,7 @@ from promoter.errors import Refused
 from promoter.lease.credentials import Credentials
 from promoter.lease.host import agent_directory, this_host
 from promoter.lease.ledger import Ledger
-from promoter.lease.record import Role
+from promoter.lease.rules import Role
 from promoter.lease.unit import unit
 
 agent_app = typer.Typer(help="Answer other hosts' requests over the network.", no_args_is_help=True)

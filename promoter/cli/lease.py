@@ -23,7 +23,8 @@ from promoter.lease.file import LeaseFile
 from promoter.lease.host import Host, this_host
 from promoter.lease.ledger import Ledger
 from promoter.lease.readers import enter, forget
-from promoter.lease.record import Answer, LeaseRecord, Policy
+from promoter.lease.record import Answer, LeaseRecord
+from promoter.lease.rules import Policy
 from promoter.lease.run import LeasedRun, RunSpec
 from promoter.operations.journal import state_directory
 

@@ -33,8 +33,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 
 from promoter.errors import PromoterError, Refused
-from promoter.lease import notify
-from promoter.lease import record as rules
+from promoter.lease import notify, rules
 from promoter.lease.bell import PATH
 from promoter.lease.credentials import Credentials, Peer, Untrusted, parse_endpoint, peer_in
 from promoter.lease.file import LeaseFile, hosts_of
@@ -45,14 +44,14 @@ from promoter.lease.record import (
     LARGEST,
     Answer,
     BadRecord,
-    Holding,
     LeaseRecord,
     Owner,
-    Policy,
     Request,
-    Role,
     Said,
+    encode,
+    parse,
 )
+from promoter.lease.rules import Holding, Policy, Role
 from promoter.lease.store import Asked
 
 MOST_CONNECTIONS = 128
@@ -204,14 +203,14 @@ class Agent:
         peer = peer_in(http.get_extra_info("peercert"))
         wait = _seconds(http.query.get("wait", "0"))
         with self._turn(peer):
-            wanted = rules.parse(Request, await http.read(), "the request")
+            wanted = parse(Request, await http.read(), "the request")
             if wanted.requester.host != peer.host:
                 raise Untrusted(f"host {peer.host} asks in the name of another")
             answer = await self._answer(http.match_info["disk"], wanted, wait)
         if answer.said not in (Said.RELEASED, Said.ACCEPTED):
             http["why"] = f"{answer.said} {answer.why}".strip()
         later = {} if answer.retry_after is None else {"Retry-After": f"{answer.retry_after:.0f}"}
-        return web.Response(status=STATUS[answer.said], body=rules.encode(answer), headers=later)
+        return web.Response(status=STATUS[answer.said], body=encode(answer), headers=later)
 
     @contextmanager
     def _turn(self, peer: Peer) -> Iterator[None]:

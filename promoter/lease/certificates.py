@@ -27,7 +27,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from promoter.errors import Refused
 from promoter.lease.credentials import HOST_URI, ROLE_URI, Untrusted, parse_endpoint
 from promoter.lease.host import NAME
-from promoter.lease.record import Role
+from promoter.lease.rules import Role
 
 CA_DAYS = 3650
 EARLIER = timedelta(hours=1)

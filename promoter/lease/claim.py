@@ -13,25 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from promoter.errors import Cancelled, LeaseHeld, Refused
-from promoter.lease import record as rules
+from promoter.lease import rules
 from promoter.lease.bell import Bell
 from promoter.lease.credentials import Credentials
 from promoter.lease.file import WATCH_EVERY, LeaseFile
 from promoter.lease.host import Host, new_request_id, new_stamp
 from promoter.lease.liveness import Clock, Observer, boot_clock, fence, lock_on, storage_of
-from promoter.lease.record import (
-    Answer,
-    Closed,
-    Evidence,
-    Grant,
-    Illegal,
-    LeaseRecord,
-    Lock,
-    Owner,
-    Request,
-    Said,
-    State,
-)
+from promoter.lease.record import Answer, Grant, LeaseRecord, Owner, Request, Said, State
+from promoter.lease.rules import Closed, Evidence, Illegal, Lock
 from promoter.lease.store import Asked, CouldNotTell
 
 LOOK_EVERY = 0.5

@@ -20,7 +20,8 @@ from typing import Any
 
 from promoter.errors import Refused
 from promoter.lease.host import agent_directory
-from promoter.lease.record import Proof, Request, Role, to_sign
+from promoter.lease.record import Proof, Request, to_sign
+from promoter.lease.rules import Role
 
 HOST_URI, ROLE_URI = "urn:promoter:host:", "urn:promoter:role:"
 ENDPOINT = re.compile(

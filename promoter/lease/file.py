@@ -30,9 +30,9 @@ from promoter.lease.record import (
     Request,
     Work,
     encode,
-    found,
     parse,
 )
+from promoter.lease.rules import found
 from promoter.lease.store import Asked, CouldNotTell
 
 NUMBER = re.compile(r"[0-9]{8}")

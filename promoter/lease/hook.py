@@ -23,7 +23,8 @@ from promoter.lease.file import LeaseFile
 from promoter.lease.host import Host
 from promoter.lease.ledger import Ledger
 from promoter.lease.liveness import lock_on
-from promoter.lease.record import Lock, Owner
+from promoter.lease.record import Owner
+from promoter.lease.rules import Lock
 
 NAME = "promoter"
 PATIENCE = 10.0

@@ -19,7 +19,8 @@ from pathlib import Path
 from promoter.errors import Refused
 from promoter.lease.directory import SharedDirectory
 from promoter.lease.host import Host
-from promoter.lease.record import Evidence, LeaseRecord, Lock, Storage, beat
+from promoter.lease.record import LeaseRecord
+from promoter.lease.rules import Evidence, Lock, Storage, beat
 from promoter.lease.store import CouldNotTell, LeaseStore
 from promoter.storage.files import is_locked
 

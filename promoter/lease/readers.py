@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from promoter.errors import Refused
-from promoter.lease import record as rules
+from promoter.lease import rules
 from promoter.lease.file import LeaseFile
 from promoter.lease.host import Host, new_stamp
+from promoter.lease.record import LeaseRecord
 from promoter.storage.images import backing_name
 
 MOST_LAYERS = 200
@@ -60,7 +61,7 @@ def _enter(store: LeaseFile, disk: str, host: Host) -> bool:
             return True
 
 
-def forget(store: LeaseFile, reader: Path, host: Host) -> rules.LeaseRecord:
+def forget(store: LeaseFile, reader: Path, host: Host) -> LeaseRecord:
     """Take off a reader that is no more. Refused when its file is here and reads through it."""
     layers = (reader, *layers_below(reader)) if reader.is_file() else ()
     if any(store.disk.samefile(file) for file in layers):

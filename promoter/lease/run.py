@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import assert_never
 
 from promoter.errors import Cancelled, Interrupted, PromoterError, Refused
-from promoter.lease import record as rules
+from promoter.lease import rules
 from promoter.lease.claim import Acquisition, let_go
 from promoter.lease.credentials import Credentials, Untrusted
 from promoter.lease.file import LeaseFile
@@ -32,18 +32,9 @@ from promoter.lease.host import HELD_BY, Host, held_by, new_stamp
 from promoter.lease.ledger import Ledger
 from promoter.lease.liveness import BEAT_EVERY, Heartbeat, lock_on
 from promoter.lease.readers import enter
-from promoter.lease.record import (
-    Answer,
-    Holding,
-    LeaseRecord,
-    Lock,
-    Policy,
-    Request,
-    Said,
-    State,
-    Work,
-)
+from promoter.lease.record import Answer, LeaseRecord, Request, Said, State, Work
 from promoter.lease.release import DiskBusy, detach, shut_down
+from promoter.lease.rules import Holding, Lock, Policy
 from promoter.lease.store import Asked
 
 ANSWER_EVERY = 0.25

@@ -28,12 +28,12 @@ from pathlib import Path
 from promoter.blockjob import Progress
 from promoter.chain import Disk
 from promoter.errors import LeaseHeld, PromoterError, Refused
-from promoter.lease import record as rules
+from promoter.lease import rules
 from promoter.lease.claim import describe
 from promoter.lease.file import LeaseFile
 from promoter.lease.host import Host, new_stamp, runs_under, this_host
 from promoter.lease.readers import lease_of
-from promoter.lease.record import DiskIdentity, LeaseRecord, Operation, State, Work
+from promoter.lease.record import DiskIdentity, LeaseRecord, Operation, Owner, State, Work
 from promoter.operations.move import DiskIntent, Move, Old, Way
 from promoter.storage.siblings import Registered, Unreadable
 
@@ -90,7 +90,7 @@ def _check_owner(store: LeaseFile, record: LeaseRecord, disk: str, host: Host) -
         )
 
 
-def _is_under(pid: int | None, owner: rules.Owner) -> bool:
+def _is_under(pid: int | None, owner: Owner) -> bool:
     with suppress(OSError):  # another user's: its files could not be seen either
         return pid is not None and runs_under(pid, owner)
     return False
