@@ -1,4 +1,4 @@
-"""Every interleaving of three hosts over one lease, with the real rules of `lease/record.py`.
+"""Every interleaving of three hosts over one lease, with the real rules of `lease/rules.py`.
 
 A world is the newest record and what each host is: well, stalled (its agent stands still, its
 QEMU goes on), cut off from the storage, or dead; what it has read, perhaps long ago; what it

@@ -120,7 +120,7 @@ def install(point: str, hit: Callable[[], None]) -> None:
         if here and when == "after":
             hit()
 
-    MoveOperation.act = struck  # type: ignore[method-assign]
+    setattr(MoveOperation, act.__name__, struck)
 
 
 def main() -> None:

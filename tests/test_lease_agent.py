@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -94,11 +95,11 @@ def credentials(state: Path) -> Credentials:
     return found
 
 
-def signed(state: Path, disk: Path, **changes: object) -> Request:
+def signed(state: Path, disk: Path, **changes: Any) -> Request:
     """A request of the host of ``state`` for the disk as it is now."""
     now = record(disk)
     owner = this_host(state).owner(process=os.getpid())
-    asked = dataclasses.replace(Request("r1", now.epoch, owner, "now"), **changes)  # type: ignore[arg-type]
+    asked = dataclasses.replace(Request("r1", now.epoch, owner, "now"), **changes)
     return credentials(state).sign(asked, now.disk.uuid)
 
 
@@ -184,7 +185,9 @@ def test_a_forged_endpoint_does_no_harm(
     (agent_directory(a.state) / "endpoint").write_text(endpoint)
     running = a.run(disk, "close", *export(disk, tmp_path / "nbd"))
     wait_until_open(disk, a)
-    assert record(disk).owner and record(disk).owner.endpoint == endpoint  # type: ignore[union-attr]
+    owner = record(disk).owner
+    assert owner
+    assert owner.endpoint == endpoint
     with agent(liar.state):
         ran = b.lease("acquire", disk)
     assert ran.code == 0, ran
@@ -287,8 +290,17 @@ def test_a_host_without_the_role_is_refused(hosts: Hosts, disk: Path, tmp_path: 
     assert (ran.code, ran.result["error"]) == (10, "LeaseHeld")
     assert "lacks the role request" in ran.result["message"]
     assert owner_of(disk) == a.name
-    over_network = [line for line in audit(a.state) if line.get("status") == 403]
-    assert [line["host"] for line in over_network] == [b.name]
+    asked = signed(b.state, disk)
+    LeaseFile(disk).ask(asked)
+    data = post(f"{PATH}/{record(disk).disk.uuid}?wait=20", encode(asked))
+    assert status(exchange(address_of(a.state), client(b.state), data)) == 403
+    wait_for(lambda: over_network(a.state) != [], "the audit log", 10)
+    assert set(over_network(a.state)) == {b.name}
+
+
+def over_network(state: Path) -> list[str]:
+    """Whom the agent has refused."""
+    return [line["host"] for line in audit(state) if line.get("status") == 403]
 
 
 # --- nothing but refusals ----------------------------------------------------------------------
@@ -308,12 +320,12 @@ class Door:
     def address(self) -> tuple[str, int]:
         return address_of(self.owner.state)
 
-    def someone(self, name: str, authority: str = "ca", **how: object) -> Path:
+    def someone(self, name: str, authority: str = "ca", **how: Any) -> Path:
         """The state of a host with another certificate."""
         state = self.directory / f"{name}-{free_port()}"
         state.mkdir()
         (state / "host-id").write_text(name)
-        certify(self.directory / authority, state, **how)  # type: ignore[arg-type]
+        certify(self.directory / authority, state, **how)
         return state
 
     def send(self, data: bytes, state: Path | None = None) -> bytes:

@@ -1,4 +1,4 @@
-"""The rules of `lease/record.py`, over every interleaving of three hosts (`lease_model.py`)."""
+"""The rules of `lease/rules.py`, over every interleaving of three hosts (`lease_model.py`)."""
 
 from __future__ import annotations
 

@@ -34,7 +34,6 @@ from promoter.values import from_json, to_json
 
 Op = TypeVar("Op", MoveOperation, BackupOperation)
 Planner = Callable[[Guest, str, Choices, Path], Awaitable[Plan]]
-LOOKS = 50
 ENDED = frozenset({OperationStatus.DONE, OperationStatus.FAILED, OperationStatus.CANCELLED})
 
 
@@ -107,7 +106,7 @@ async def perform(
             output.result(_result(move, "planned" if dry_run else "done"), [])
             return
         journal = Journal(state)
-    except BaseException:
+    except BaseException:  # Ctrl-C too: nobody else can have the monitor meanwhile
         await guest.close()
         raise
     with journal.hold(move.id):
@@ -156,20 +155,11 @@ async def ask(identity: str, request: str, state: Path, output: Output) -> None:
 async def watch(identity: str, state: Path, output: Output) -> None:
     """Show a running operation until it ends; its error is raised here too."""
     running = _running(identity, state)
-    await control.watch(state, running, partial(replay, output=output))
-    if await _ended(running, state) is OperationStatus.INTERRUPTED:
+    told = await control.watch(state, running, partial(replay, output=output))
+    if not told and Journal(state).entry(running).status is not OperationStatus.DONE:
         raise Interrupted(
             f"operation {running} stopped half-way", f"Continue: promoter job resume {running}"
         )
-
-
-async def _ended(running: str, state: Path) -> OperationStatus:
-    """How an operation stands that answers no more: one that was killed ends a moment later."""
-    for _ in range(LOOKS):
-        if (status := Journal(state).entry(running).status) is not OperationStatus.RUNNING:
-            break
-        await asyncio.sleep(0.1)
-    return status
 
 
 def _running(identity: str, state: Path) -> str:

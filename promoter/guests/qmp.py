@@ -89,7 +89,7 @@ class QmpGuest:
         guest = cls(path, monitor, client)
         try:
             await view.check_version(guest._execute, guest.name)
-        except BaseException:
+        except BaseException:  # a cancellation too: nobody else can have the monitor meanwhile
             await guest.close()
             raise
         return guest

@@ -240,7 +240,7 @@ class Agent:
                 return answer
             if asyncio.get_running_loop().time() >= deadline:
                 return answer or Answer(wanted.id, Said.ACCEPTED, record.epoch)
-            await asyncio.sleep(LOOK_EVERY)
+            await asyncio.sleep(LOOK_EVERY)  # it lies on the pool, where no event is to be had
 
     def _find(self, disk: str, wanted: Request) -> Answer | tuple[LeaseFile, LeaseRecord, Asked]:
         path = self.ledger.held().get(disk)

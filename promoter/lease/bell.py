@@ -61,7 +61,7 @@ class Bell:
     def _ring(self, owner: Owner, disk: str, request: Request) -> None:
         try:
             while self._request is request and self._ask(owner, disk, request) == STILL_ACCEPTED:
-                time.sleep(AGAIN)
+                time.sleep(AGAIN)  # it has waited for us; one that did not is not hurried
         except (OSError, http.client.HTTPException, Refused) as error:
             if self._ledger:
                 about = {"host": owner.host, "endpoint": owner.endpoint}

@@ -9,7 +9,6 @@ host that may not ask any more is shut out by a new authority, or when its certi
 
 from __future__ import annotations
 
-import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -28,8 +27,10 @@ from promoter.errors import Refused
 from promoter.lease.credentials import HOST_URI, ROLE_URI, Untrusted, parse_endpoint
 from promoter.lease.host import NAME
 from promoter.lease.rules import Role
+from promoter.storage.files import write_whole
 
 CA_DAYS = 3650
+SECRET = 0o600
 EARLIER = timedelta(hours=1)
 """A certificate is valid on a host whose clock is a little behind."""
 
@@ -54,8 +55,8 @@ def authority(directory: Path) -> None:
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, SHA256())
     )
-    _write(key_file, _private(key), secret=True)
-    _write(certificate_file, certificate.public_bytes(Encoding.PEM))
+    write_whole(key_file, _private(key), SECRET)
+    write_whole(certificate_file, certificate.public_bytes(Encoding.PEM))
 
 
 def issue(directory: Path, host: str, endpoint: str, roles: list[Role], days: int) -> Path:
@@ -74,10 +75,10 @@ def issue(directory: Path, host: str, endpoint: str, roles: list[Role], days: in
     certificate = _leaf(ca, key.public_key(), host, roles, days).sign(loaded, SHA256())
     made = directory / host
     made.mkdir(exist_ok=True, mode=0o700)
-    _write(made / "host.key", _private(key), secret=True)
-    _write(made / "host.pem", certificate.public_bytes(Encoding.PEM))
-    _write(made / "ca.pem", ca.public_bytes(Encoding.PEM))
-    _write(made / "endpoint", f"{endpoint}\n".encode())
+    write_whole(made / "host.key", _private(key), SECRET)
+    write_whole(made / "host.pem", certificate.public_bytes(Encoding.PEM))
+    write_whole(made / "ca.pem", ca.public_bytes(Encoding.PEM))
+    write_whole(made / "endpoint", f"{endpoint}\n".encode())
     return made
 
 
@@ -135,15 +136,3 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
 
 def _private(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-
-
-def _write(path: Path, data: bytes, *, secret: bool = False) -> None:
-    """Whole or not at all; a secret is never readable by others, not even for a moment."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o644)
-    with open(fd, "wb") as file:  # noqa: PTH123 - of a descriptor
-        file.write(data)
-        file.flush()
-        os.fsync(fd)
-    temporary.rename(path)

@@ -15,6 +15,7 @@ import re
 import ssl
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ class Credentials:
 
     def load(self) -> None:
         """Load now what checks signatures: it takes longer than to let go of a disk."""
-        from promoter.lease import signing  # noqa: F401
+        import_module("promoter.lease.signing")
 
     def sign(self, request: Request, disk: str) -> Request:
         """The request with the proof that it is this host's."""

@@ -7,7 +7,6 @@ it. Two domains of one host are kept apart by the image lock, as everywhere.
 
 from __future__ import annotations
 
-import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from promoter.lease.ledger import Ledger
 from promoter.lease.liveness import lock_on
 from promoter.lease.record import Owner
 from promoter.lease.rules import Lock
+from promoter.storage.files import write_whole
 
 NAME = "promoter"
 PATIENCE = 10.0
@@ -44,10 +44,8 @@ def install(directory: Path, python: Path, state: Path, timeout: float) -> Path:
     command = shlex.join([*words, "--timeout", f"{timeout:g}"])
     hooks = directory / "qemu.d"
     hooks.mkdir(parents=True, exist_ok=True)
-    temporary, hook = hooks / f".{NAME}-{os.getpid()}", hooks / NAME
-    temporary.write_text(SCRIPT.format(command=command))
-    temporary.chmod(0o755)
-    temporary.replace(hook)
+    hook = hooks / NAME
+    write_whole(hook, SCRIPT.format(command=command).encode(), 0o755)
     return hook
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from promoter.lease.record import LeaseRecord, Owner, Request
+from promoter.storage.files import write_whole
 
 REFUSALS_A_SECOND = 10.0
 MOST_REFUSALS = 100.0
@@ -74,9 +75,7 @@ class Ledger:
         entry = self._held / record.disk.uuid
         if record.owner and record.owner.host == self._host:
             self._held.mkdir(parents=True, exist_ok=True)
-            temporary = entry.with_name(f".{entry.name}-{os.getpid()}")
-            temporary.write_text(str(disk))
-            temporary.replace(entry)
+            write_whole(entry, str(disk).encode())
         else:
             entry.unlink(missing_ok=True)
 

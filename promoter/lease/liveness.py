@@ -26,9 +26,8 @@ from promoter.storage.files import is_locked
 
 BEAT_EVERY = 5.0
 FENCE_TIMEOUT = 60.0
-LOCAL = frozenset(
-    "bcachefs btrfs ext2 ext3 ext4 f2fs jfs overlay ramfs tmpfs xfs zfs".split()  # noqa: SIM905
-)
+LOCAL = {"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "overlay", "ramfs"}
+LOCAL |= {"tmpfs", "xfs", "zfs"}
 Clock = Callable[[], float]
 
 

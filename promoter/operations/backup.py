@@ -373,7 +373,7 @@ class BackupOperation:
                 try:
                     plan = await planner(guest, identity, choices, self._journal.directory)
                     move = plan.move
-                except BaseException:
+                except BaseException:  # a cancellation too; once it runs, the operation closes it
                     await guest.close()
                     raise
                 kept = to_json(move)

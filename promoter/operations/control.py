@@ -184,11 +184,15 @@ async def ask(directory: Path, operation: str, request: str, **arguments: int) -
         pass
 
 
-async def watch(directory: Path, operation: str, show: Callable[[Event], None]) -> None:
-    """Show a running operation's events until it ends, or until nobody tells them any more."""
+async def watch(directory: Path, operation: str, show: Callable[[Event], None]) -> bool:
+    """Show a running operation's events until nobody tells them any more; was its end told?"""
+    told = False
     async with _asking(directory, operation, "watch") as reader:
         while (line := await _next(reader)).endswith(b"\n"):
-            show(json.loads(line))
+            event = json.loads(line)
+            told = event["event"] in ("result", "error")
+            show(event)
+    return told
 
 
 async def _next(reader: asyncio.StreamReader) -> bytes:

@@ -57,17 +57,21 @@ class GuardSpec:
 
 
 def watch(spec: GuardSpec, pipe: int) -> None:
-    """Wait for promoter to say it is done; take over when it does not."""
+    """Wait for promoter to say it is done; take over when it does not.
+
+    It stays until promoter has said so or is dead, and then until QEMU has answered: what QEMU has
+    not come to when the last end of its monitor is closed, it forgets.
+    """
+    finished: bool | None = None
     while True:
-        heard, _, _ = select.select([pipe], [], [], spec.deadline)
-        if not heard:
-            take_over(spec)
+        patience = spec.deadline if finished is None else None
+        heard, _, _ = select.select([pipe], [], [], patience)
+        if heard and LEAVE in (said := os.read(pipe, 64)):
             return
-        said = os.read(pipe, 64)
-        if LEAVE in said:
-            return
-        if not said:
-            _check(spec, finished=take_over(spec))
+        if not heard or not said:
+            finished = take_over(spec) if finished is None else finished
+        if heard and not said:
+            _check(spec, finished=bool(finished))
             return
 
 
@@ -94,8 +98,7 @@ def take_over(spec: GuardSpec) -> bool:
 def _check(spec: GuardSpec, *, finished: bool) -> None:
     """promoter is dead: a disk whose job failed to finalize gets its old name back.
 
-    The answer also says that QEMU has heard all before it: what it has not come to when the last
-    end of its monitor is closed, it forgets, and the guest would stand still.
+    The answer also says that QEMU has come to all that was said before.
     """
     answer = _ask(spec, "query-jobs")
     errors = {job["id"]: job.get("error") for job in answer or ()}

@@ -586,11 +586,8 @@ class MoveOperation:
             running = view.status == "running"
             self._save(replace(self.intent, stopped=running))
             if self.intent.domain:
-                work = Work(self.intent.domain, running)
-                if isinstance(spec, MirrorSpec):
-                    work = replace(work, mirror=spec)
-                else:
-                    work = replace(work, commit=spec)
+                mirror, commit = (spec, None) if isinstance(spec, MirrorSpec) else (None, spec)
+                work = Work(self.intent.domain, running, mirror, commit)
                 pause = (await self._while_suspended(work)).pause
             else:
                 pause = await start_standing(self._plain, spec, running=running)

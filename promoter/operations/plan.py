@@ -90,7 +90,7 @@ async def make_plan(
         free=tuple(_free(intent) for intent in intents),
         nothing_to_do=tuple(disk.name for disk in disks if disk.key not in changed),
         warnings=(
-            *_bugs(view, [disk for disk in disks if disk.key in changed]),
+            *_bugs(kind, view, [disk for disk in disks if disk.key in changed]),
             *(warning for intent in intents for warning in _warnings(intent)),
         ),
     )
@@ -189,9 +189,10 @@ def _free(intent: DiskIntent) -> int | None:
     return None if intent.names.remote else free_bytes(intent.names.target.parent)
 
 
-def _bugs(view: GuestView, disks: list[Disk]) -> Iterator[str]:
+def _bugs(kind: Kind, view: GuestView, disks: list[Disk]) -> Iterator[str]:
     version = ".".join(map(str, view.version))
-    if loses_writes_at_start(view.version) and view.status == "running":
+    copies = kind is not Kind.SNAPSHOT
+    if copies and loses_writes_at_start(view.version) and view.status == "running":
         yield (
             f"QEMU {version} can lose writes while a mirror starts:"
             " the guest will stand still for each start, as a rule for milliseconds"

@@ -52,7 +52,7 @@ async def start(guest: Guest, spec: Start) -> None:
         async with asyncio.timeout(LONGEST_SCAN):
             await scanned(guest, spec.job)
         stood = await guest.status() != "running"
-    except BaseException as error:
+    except BaseException as error:  # a cancellation too: no job is left in a guest that stands
         await _cancel(guest, spec)
         if isinstance(error, TimeoutError):
             raise JobFailed(f"the mirror did not start in {LONGEST_SCAN:.0f} s") from error
@@ -69,7 +69,7 @@ async def _cancel(guest: Guest, spec: Start) -> None:
 
 async def scanned(guest: Guest, job: str) -> None:
     """Return when a mirror's first scan is over, or the job. No event tells."""
-    while await _scans(guest, job):  # noqa: ASYNC110
+    while await _scans(guest, job):  # noqa: ASYNC110 - QEMU has no event for it
         await asyncio.sleep(LOOK_EVERY)
 
 

@@ -89,7 +89,7 @@ async def _switch_over(guest: PlainGuest, disks: Sequence[DiskIntent], alive: Pu
         async with asyncio.timeout(LONGEST_WAIT):
             await _drain(guest, disks, alive)
         await commit(guest, disks[0])
-    except BaseException as error:
+    except BaseException as error:  # a cancellation too: no guest is left drained
         await _put_back(guest, disks)
         if isinstance(error, TimeoutError):
             raise JobFailed(f"{guest.name}: no switchover in {LONGEST_WAIT:.0f} s") from error

@@ -41,6 +41,20 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
+def write_whole(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Put a file in the place of another: whole and durable, and with no more than
+    ``mode`` from the first moment.
+    """
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    with os.fdopen(fd, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(fd)
+    temporary.rename(path)
+
+
 def free_bytes(directory: Path) -> int:
     """Bytes this process may still allocate on the directory's file system."""
     space = os.statvfs(directory)
@@ -78,7 +92,8 @@ def _busy(fd: int, byte: int) -> bool:
     layout = "hhqqi4x"
     request = struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
     answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, request)
-    return struct.unpack(layout, answer)[0] != fcntl.F_UNLCK  # type: ignore[no-any-return]
+    found: int = struct.unpack(layout, answer)[0]
+    return found != fcntl.F_UNLCK
 
 
 def is_flocked(path: Path) -> bool:

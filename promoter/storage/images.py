@@ -213,7 +213,7 @@ async def _qemu_img(
             )
             await process.wait()
             pacing.cancel()
-    except BaseException:
+    except BaseException:  # a cancellation too: what it writes is about to be removed
         if process.returncode is None:
             _kill(process.pid)
             await asyncio.shield(process.wait())

@@ -141,7 +141,7 @@ async def make_seed(spec: SeedSpec, pace: Pace, report: Report) -> FileStamp:
         if error.errno == errno.ENOSPC:
             raise NoSpace(f"no space left for {spec.part}") from error
         raise
-    except BaseException:
+    except BaseException:  # a cancellation too
         discard(spec.part)
         raise
     made = stamp(spec.part)
