@@ -287,14 +287,14 @@ def test_a_host_without_the_role_is_refused(hosts: Hosts, disk: Path, tmp_path: 
     wait_until_open(disk, a)
     with agent(a.state):
         ran = b.lease("request", disk)
+        asked = signed(b.state, disk)
+        LeaseFile(disk).ask(asked)
+        data = post(f"{PATH}/{record(disk).disk.uuid}?wait=20", encode(asked))
+        assert status(exchange(address_of(a.state), client(b.state), data)) == 403
+        wait_for(lambda: over_network(a.state) != [], "the audit log", 10)
     assert (ran.code, ran.result["error"]) == (10, "LeaseHeld")
     assert "lacks the role request" in ran.result["message"]
     assert owner_of(disk) == a.name
-    asked = signed(b.state, disk)
-    LeaseFile(disk).ask(asked)
-    data = post(f"{PATH}/{record(disk).disk.uuid}?wait=20", encode(asked))
-    assert status(exchange(address_of(a.state), client(b.state), data)) == 403
-    wait_for(lambda: over_network(a.state) != [], "the audit log", 10)
     assert set(over_network(a.state)) == {b.name}
 
 
