@@ -227,9 +227,9 @@ INTRODUCTION = """\
 # Coverage
 
 `ci/nightly` writes this file when every cell below held, `ci/test` tries every twentieth; see
-tests/test_coverage.py. Each cell is a
-real guest that writes while its disk is promoted, and is checked record by record. Any two values
-of different columns that can go together are in one cell that is promoted.
+tests/test_coverage.py. Each cell is a real guest that writes while its disk is promoted, and is
+checked record by record. Any two values of different columns that can go together are in one cell
+that is promoted.
 """
 
 
