@@ -291,8 +291,8 @@ class Agent:
             answer = rules.answer(record, asked.request, Holding(self.host.name, Policy.NEVER))
             answer = replace(answer, why="no process of its owner's answers for it")
             if answer.said is Said.REFUSED and store.answer_to(asked) != answer:
-                store.answer(asked.ticket, answer)
                 self.ledger.refused(answer.why, disk=str(store.disk), request=asked.request.id)
+                store.answer(asked.ticket, answer)
 
     async def _tolerantly(self, about: Path, act: Callable[[], object]) -> None:
         try:

@@ -252,15 +252,15 @@ class LeasedRun:
 
     def _answer(self, store: LeaseFile, asked: Asked, answer: Answer) -> None:
         if self._said.get(asked.request.id) != answer:
-            store.answer(asked.ticket, answer)
-            self._said[asked.request.id] = answer
-            if answer.said is Said.REFUSED:
+            if answer.said is Said.REFUSED:  # nobody hears of a refusal that is not in the log
                 self.ledger.refused(
                     answer.why,
                     disk=str(store.disk),
                     host=asked.request.requester.host,
                     request=asked.request.id,
                 )
+            store.answer(asked.ticket, answer)
+            self._said[asked.request.id] = answer
 
     async def _let_go(self, process: asyncio.subprocess.Process) -> None:
         """Whenever asked: give the disk, or end the guest, or keep the disk and say so."""
