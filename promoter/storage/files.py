@@ -41,6 +41,22 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
+def write_behind(path: Path) -> None:
+    """Have the kernel begin to store what of a file is only in the page cache, and forget the
+    rest of it. Nothing is waited for, and nothing is promised.
+
+    Source: posix_fadvise(2), POSIX_FADV_DONTNEED.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
 def write_whole(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Put a file in the place of another: whole and durable, and with no more than
     ``mode`` from the first moment.

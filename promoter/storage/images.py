@@ -21,10 +21,14 @@ from typing import Any
 
 from promoter.chain import Image, image_spec
 from promoter.errors import JobFailed, NoSpace
+from promoter.storage.files import write_behind
 from promoter.storage.pace import Pace
 
 Report = Callable[[int, int], None]
 SHORT_NAP, LONGEST_NAP = 0.01, 0.2
+CACHE = "writeback"
+"""How qemu-img writes: where files grow, the kernel allocates better than O_DIRECT does, and
+`write_behind` keeps the page cache as clean."""
 DIFFERENT = 1
 """The exit code of ``qemu-img compare`` for images that are not the same."""
 PERCENT = re.compile(r"\(([0-9.]+)/100%\)")
@@ -85,16 +89,13 @@ async def create(
     )
 
 
-async def rebase(
-    path: Path, onto: Backing, *, direct: bool, pace: Pace, report: Callable[[float], None]
-) -> None:
+async def rebase(path: Path, onto: Backing, *, pace: Pace, report: Callable[[float], None]) -> None:
     """Write into a qcow2 image what its chain has above ``onto``, then have it lie on that.
 
     ``report`` gets percents. Nobody else may have the image open.
     """
-    cache = "none" if direct else "writeback"
-    arguments = ("rebase", "-p", "-f", "qcow2", "-t", cache, *onto.arguments, str(path))
-    await _qemu_img(*arguments, report=report, pace=pace)
+    arguments = ("rebase", "-p", "-f", "qcow2", "-t", CACHE, *onto.arguments, str(path))
+    await _qemu_img(*arguments, report=report, pace=pace, written=path)
 
 
 async def resize(path: Path, image_format: str, virtual_size: int, preallocation: str) -> None:
@@ -114,22 +115,20 @@ async def convert(
     image_format: str,
     options: str,
     *,
-    direct: bool,
     pace: Pace,
     report: Report,
 ) -> None:
     """Copy what a chain shows into a new image at ``path`` (``qemu-img convert``).
 
-    ``direct`` bypasses the page cache for what is written; a base that many guests read
-    is often in it.
+    It is read through the page cache: a base that many guests read is often in it.
     """
-    cache = "none" if direct else "writeback"
     total = images[0].virtual_size
     await _qemu_img(
-        *("convert", "-p", "-W", "-m", "16", "-t", cache, "-T", "writeback"),
+        *("convert", "-p", "-W", "-m", "16", "-t", CACHE, "-T", "writeback"),
         *("-O", image_format, "-o", options, image_spec(images), str(path)),
         report=lambda percent: report(int(total * percent / 100), total),
         pace=pace,
+        written=path,
     )
 
 
@@ -138,7 +137,6 @@ async def commit(
     into: Path,
     image_format: str,
     *,
-    direct: bool,
     pace: Pace,
     report: Callable[[float], None],
 ) -> None:
@@ -148,9 +146,8 @@ async def commit(
     """
     backing = Backing(into, image_format)
     await _qemu_img("rebase", "-u", "-f", "qcow2", *backing.arguments, str(overlay))
-    cache = "none" if direct else "writeback"
-    options = ("-p", "-d", "-f", "qcow2", "-t", cache)
-    await _qemu_img("commit", *options, str(overlay), report=report, pace=pace)
+    options = ("-p", "-d", "-f", "qcow2", "-t", CACHE)
+    await _qemu_img("commit", *options, str(overlay), report=report, pace=pace, written=into)
 
 
 async def differ(images: tuple[Image, ...], path: Path, image_format: str) -> str:
@@ -194,7 +191,10 @@ def backing_name(path: Path) -> str | None:
 
 
 async def _qemu_img(
-    *arguments: str, report: Callable[[float], None] | None = None, pace: Pace | None = None
+    *arguments: str,
+    report: Callable[[float], None] | None = None,
+    pace: Pace | None = None,
+    written: Path | None = None,
 ) -> str:
     process = await asyncio.create_subprocess_exec(
         *("setpriv", "--pdeathsig", "KILL", "qemu-img", *arguments),
@@ -211,8 +211,10 @@ async def _qemu_img(
             pacing = group.create_task(
                 _keep_pace(process.pid, pace or Pace()), name="qemu-img pace"
             )
+            clean = group.create_task(_keep_cache_clean(written), name="qemu-img page cache")
             await process.wait()
             pacing.cancel()
+            clean.cancel()
     except BaseException:  # a cancellation too: what it writes is about to be removed
         if process.returncode is None:
             _kill(process.pid)
@@ -242,6 +244,12 @@ async def _keep_pace(pid: int, pace: Pace) -> None:
                 signal.pidfd_send_signal(fd, signal.SIGSTOP if stopped else signal.SIGCONT)
             nap = left if stopped else SHORT_NAP if pace.rate else LONGEST_NAP
             await asyncio.sleep(min(nap, LONGEST_NAP))
+
+
+async def _keep_cache_clean(written: Path | None) -> None:
+    while written:
+        await asyncio.sleep(LONGEST_NAP)
+        await asyncio.to_thread(write_behind, written)
 
 
 def _kill(pid: int) -> None:

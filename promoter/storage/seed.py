@@ -196,7 +196,6 @@ async def _fill(spec: SeedSpec, pace: Pace, report: Report) -> None:
                 spec.part,
                 geometry.format,
                 geometry.options,
-                direct=_takes_direct_io(spec.part),
                 pace=pace,
                 report=report,
             )
@@ -218,7 +217,6 @@ async def _gather(spec: SeedSpec, backing: Backing, pace: Pace, report: Report) 
     await images.rebase(
         spec.part,
         backing,
-        direct=_takes_direct_io(spec.part),
         pace=pace,
         report=lambda percent: report(int(total * percent / 100), total),
     )
@@ -232,7 +230,6 @@ async def _merge(layer: Image, spec: SeedSpec, pace: Pace, report: Report) -> No
         delta,
         spec.part,
         spec.geometry.format,
-        direct=_takes_direct_io(spec.part),
         pace=pace,
         report=lambda percent: report(int(layer.allocated * percent / 100), layer.allocated),
     )
@@ -272,6 +269,7 @@ def _copy_file(source: Path, copy: Path, stop: threading.Event, pace: Pace, repo
             while start < end and not stop.is_set():
                 moved = _copy_range(base, part, start, min(CHUNK, end - start))
                 start, done = start + moved, done + moved
+                os.posix_fadvise(part, 0, start, os.POSIX_FADV_DONTNEED)  # as `write_behind`
                 report(done, total)
                 while (left := pace.delay(done)) > 0 and not stop.is_set():
                     stop.wait(min(left, LONGEST_NAP))
@@ -301,14 +299,6 @@ def _data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
             start = os.lseek(fd, offset, os.SEEK_DATA)
             offset = os.lseek(fd, start, os.SEEK_HOLE)
             yield start, offset
-
-
-def _takes_direct_io(part: Path) -> bool:
-    try:
-        with _opened(part.parent, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT):
-            return True
-    except OSError:
-        return False
 
 
 def _finish(spec: SeedSpec) -> None:
