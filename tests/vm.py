@@ -10,7 +10,9 @@ No QEMU outlives the process (thread, to be exact) that started it, nor the `wit
 """
 
 import contextlib
+import fcntl
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -258,10 +260,15 @@ def throttle_arguments(iops: int, index: int) -> list[str]:
     return ["-object", group, "-blockdev", f"{node},file=disk{index}"]
 
 
+def drive(disk: Disk, index: int) -> str:
+    """What the disk's device is plugged into."""
+    throttled = disk.iops and disk.style is not Style.DRIVE
+    return f"throttle{index}" if throttled else f"disk{index}"
+
+
 def device_arguments(disk: Disk, index: int) -> list[str]:
-    top = "throttle" if disk.iops and disk.style is not Style.DRIVE else "disk"
     more = f",{disk.device}" if disk.device else ""
-    tail = f"drive={top}{index},id=vd{index}{more}"
+    tail = f"drive={drive(disk, index)},id=vd{index}{more}"
     own = ["-object", f"iothread,id=io{index}"] if disk.iothread else []
     runs_in = f",iothread=io{index}" if disk.iothread else ""
     match disk.bus:
@@ -277,20 +284,28 @@ def device_arguments(disk: Disk, index: int) -> list[str]:
             return ["-device", f"nvme,serial=disk{index},{tail}"]
 
 
-def boot_arguments(bus: Bus, writer: dict[str, object]) -> list[str]:
+def boot_arguments(bus: Bus) -> list[str]:
     """Boots the kernel and its command line; a guest without a kernel of its own boots alone."""
     kernel = images() / "vmlinux"
     if not kernel.exists():
         return []
-    words = [f"writer.{name}={value}" for name, value in writer.items()]
-    line = " ".join([KERNEL, f"root={ROOTS[bus]}", *words])
+    line = f"{KERNEL} root={ROOTS[bus]}"
     return ["-kernel", str(kernel), "-initrd", str(images() / "initrd"), "-append", line]
+
+
+def words_arguments(words: str) -> list[str]:
+    """What the guest reads beside its kernel's command line; always of one length."""
+    return ["-fw_cfg", f"name=opt/promoter,string={words:<128}"]
 
 
 def channel_arguments(path: Path) -> list[str]:
     chardev = f"socket,id=agent,path={path},server=on,wait=off"
     port = f"virtserialport,chardev=agent,name={AGENT}"
     return ["-device", "virtio-serial-pci", "-chardev", chardev, "-device", port]
+
+
+def serial(name: str, path: Path) -> list[str]:
+    return ["-chardev", f"file,id={name},path={path},append=on", "-serial", f"chardev:{name}"]
 
 
 # --- the machine ---------------------------------------------------------------------------
@@ -319,6 +334,76 @@ class Monitor:
             if "return" in reply:
                 return reply["return"]
         raise ConnectionResetError(f"QEMU closed its monitor during {command}")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A guest but for its images, and its state before it has looked at a disk.
+
+    To boot that far is most of a guest's time under TCG, and all guests of one machine do the
+    same until then.
+    """
+
+    qemu: str
+    accel: str
+    disks: tuple[Disk, ...]
+    channel: bool
+
+    def arguments(self, console: Path, agent: Path) -> list[str]:
+        """All that comes before the disks, but the second serial port."""
+        return [
+            self.qemu, "-nodefaults", "-display", "none", "-no-reboot", "-m", "256",
+            "-accel", self.accel, *boot_arguments(self.disks[0].bus),
+            *(channel_arguments(agent) if self.channel else []), *serial("console", console),
+        ]  # fmt: skip
+
+    @property
+    def can_be_saved(self) -> bool:
+        """NVMe cannot be migrated, and with SATA goes what the firmware has seen of the disk."""
+        here = (images() / "vmlinux").exists() and self.accel == "tcg"
+        return here and all(disk.bus in (Bus.VIRTIO, Bus.SCSI) for disk in self.disks)
+
+    def state(self) -> Path:
+        """The file that has it; made by the first who asks."""
+        program = Path(shutil.which(self.qemu) or self.qemu).resolve()
+        words = [program, program.stat().st_mtime_ns, *self._stand_in(Path())]
+        name = hashlib.sha256(repr(words).encode()).hexdigest()[:16]
+        saved = images() / "states" / name
+        saved.parent.mkdir(exist_ok=True)
+        with saved.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not saved.exists():
+                with tempfile.TemporaryDirectory(prefix="saved-", dir="/tmp") as directory:
+                    self._save(Path(directory), saved)
+        return saved
+
+    def _stand_in(self, directory: Path) -> list[str]:
+        """The command line of one whose disks are empty, and which waits."""
+        words = self.arguments(directory / "console", directory / "agent")
+        words += ["-qmp", f"unix:{directory}/qmp,server=on,wait=off", "-serial", "null"]
+        words += words_arguments("hold")
+        for index, disk in enumerate(self.disks):
+            node = f"driver=null-co,size={256 * MIB},node-name={drive(disk, index)}"
+            words += ["-blockdev", node, *device_arguments(disk, index)]
+        return words
+
+    def _save(self, directory: Path, target: Path) -> None:
+        console, part = directory / "console", target.with_suffix(".part")
+        command = ["setpriv", "--pdeathsig", "KILL", *self._stand_in(directory)]
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
+            try:
+                wait_for((directory / "qmp").exists, "QEMU's monitor", 30)
+                ready = "ready to be saved"
+                wait_for(
+                    lambda: ready in console.read_text(errors="replace"), ready, BOOT_TIMEOUT_S
+                )
+                with contextlib.closing(Monitor(directory / "qmp")) as monitor:
+                    monitor.execute("migrate", {"uri": f"exec:cat > {part}"})
+                    ask = functools.partial(monitor.execute, "query-migrate", {})
+                    wait_for(lambda: ask()["status"] == "completed", "the saved state", 60)
+            finally:
+                process.kill()
+        part.rename(target)
 
 
 class VM:
@@ -350,22 +435,22 @@ class VM:
         self.monitor, self.agent = self._sockets / "monitor.sock", self._sockets / "agent.sock"
         self._process: subprocess.Popen[bytes] | None = None
         self._other: Monitor | None = None
-        self.argv: tuple[str, ...] = (
+        words = " ".join(f"writer.{name}={value}" for name, value in (writer or {}).items())
+        machine = Machine(
             os.environ.get("PROMOTER_TEST_QEMU", "qemu-system-x86_64"),
-            "-nodefaults", "-display", "none", "-no-reboot", "-m", "256",
-            "-accel", accel or accelerator(),
+            accel or accelerator(),
+            self.disks,
+            channel,
+        )
+        self._saved = machine if machine.can_be_saved and not extra else None
+        self.argv: tuple[str, ...] = (
+            *machine.arguments(self.console, self.agent),
             "-qmp", f"unix:{self.monitor},server=on,wait=off",
             "-qmp", f"unix:{self._sockets}/other.sock,server=on,wait=off",
-            *self._serial("console", self.console), *self._serial("acks", self.log),
-            *boot_arguments(disks[0].bus, writer or {}), *extra,
-            *(channel_arguments(self.agent) if channel else []),
+            *serial("acks", self.log), *words_arguments(words), *extra,
         )  # fmt: skip
         for index, disk in enumerate(disks):
             self.argv += (*blockdev_arguments(disk, index), *device_arguments(disk, index))
-
-    @staticmethod
-    def _serial(name: str, path: Path) -> list[str]:
-        return ["-chardev", f"file,id={name},path={path},append=on", "-serial", f"chardev:{name}"]
 
     def __enter__(self) -> Self:
         self.start()
@@ -395,12 +480,14 @@ class VM:
         for stale in self._sockets.iterdir():
             stale.unlink()
         with self.stderr.open("ab") as stderr:
-            command = (*NICE, "setpriv", "--pdeathsig", "KILL", *self.argv)
+            saved = ("-incoming", f"exec:cat {self._saved.state()}") if self._saved else ()
+            command = (*NICE, "setpriv", "--pdeathsig", "KILL", *self.argv, *saved)
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr
             )
         try:
             self._wait_for(self._connected, "QEMU's monitor", 30)
+            self._wait_for(self._goes_on, "the saved state", 30)
         except BaseException:
             self.kill()
             raise
@@ -411,6 +498,9 @@ class VM:
         except (FileNotFoundError, ConnectionError):
             return False
         return True
+
+    def _goes_on(self) -> bool:
+        return bool(self.qmp("query-status")["status"] != "inmigrate")
 
     def kill(self) -> None:
         """Pulls the plug: SIGKILL, and waits until the process is gone."""

@@ -40,7 +40,7 @@ FILES = {"/usr/include/stdlib.h": "libc6-dev"}
 KERNEL_PACKAGE = "linux-image-amd64"
 MODULES = [
     *("virtio_pci", "virtio_blk", "virtio_scsi", "ahci", "nvme", "sd_mod"),
-    *("crc32c_generic", "ext4", "button", "evdev"),
+    *("crc32c_generic", "ext4", "button", "evdev", "qemu_fw_cfg"),
 ]
 FILLER = "kernel/fs"  # modules that nobody loads: data for a base to have
 AGENT_PACKAGE = "qemu-guest-agent"
@@ -134,7 +134,7 @@ def in_loading_order(modules: dict[str, Path], wanted: list[str]) -> dict[str, P
 
 
 def make_initrd(kernel: Path, tree: Path, target: Path) -> None:
-    for name in ("dev", "proc", "root", "modules"):
+    for name in ("dev", "proc", "sys", "root", "modules"):
         (tree / name).mkdir(parents=True)
     install_busybox(tree / "bin")
     install(tree / "init", HERE / "initramfs")
