@@ -11,6 +11,8 @@ import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,15 +25,20 @@ from tests.vm import (
     AGENT,
     BOOT_TIMEOUT_S,
     KERNEL,
+    MIB,
     NICE,
     ROOTS,
     Bus,
     Disk,
     accelerator,
     ack_count,
+    blank,
+    can_be_saved,
     images,
     qemu_img,
+    saved_state,
     wait_for,
+    wait_until_saveable,
 )
 
 ENTER = """
@@ -167,23 +174,28 @@ class Domain:
         pool: str = "",
         spelled_out: bool = False,
         agent: int | None = None,
+        boots: bool = False,
     ) -> None:
         """In the definition the disks are volumes of the `pool`, or all of their chain is
         `spelled_out`.  With `agent` there is a guest agent, whose freeze takes so many seconds
-        longer.
+        longer.  At first it goes on from a saved state (see vm.Machine), unless it `boots`.
         """
         self._agent = agent
         self._emulator = f"<emulator>{emulator}</emulator>" if emulator else ""
         self.libvirtd, self.disks = libvirtd, tuple(disks)
         self._pool, self._spelled_out = pool, spelled_out
-        self.name, self.uuid = name, uuid.uuid4()
+        self.name, self.uuid = name, uuid.uuid5(uuid.NAMESPACE_DNS, name)
+        self._boots = boots or not can_be_saved(accelerator(), self.disks)
         self.console, self.log = directory / "console.log", directory / "acks.log"
 
     def __enter__(self) -> Self:
         self._connect()
         self.define()
         try:
-            self.start()
+            if self._boots:
+                self.start()
+            else:
+                self._connection.restoreFlags(str(self._state()), self.xml())
         except libvirt.libvirtError:
             self.domain.undefine()
             raise
@@ -215,6 +227,25 @@ class Domain:
     def start(self) -> None:
         """Boots it as it is defined now."""
         self.domain.create()
+
+    def _state(self) -> Path:
+        return saved_state(self._stand_in(Path()), self._save)
+
+    def _save(self, directory: Path, target: Path) -> None:
+        for index, disk in enumerate(self.disks):
+            blank(directory / f"disk{index}", 256 * MIB, disk.fmt)
+        stand_in = self._connection.createXML(self._stand_in(directory))
+        try:
+            wait_until_saveable(directory / self.console.name)
+            stand_in.save(str(target))
+        except BaseException:
+            stand_in.destroy()
+            raise
+
+    def _stand_in(self, directory: Path) -> str:
+        """The definition of one whose disks are empty, and which waits."""
+        disks = [replace(d, path=directory / f"disk{i}") for i, d in enumerate(self.disks)]
+        return self._xml("".join(map(_disk, disks, count())), directory, "hold")
 
     def kill(self) -> None:
         """Pulls its plug."""
@@ -281,11 +312,14 @@ class Domain:
 
     def xml(self) -> str:
         """The domain's definition; its first disk boots."""
-        boot = images()
         disks = "".join(
             _disk(disk, index, self._pool, spelled_out=self._spelled_out)
             for index, disk in enumerate(self.disks)
         )
+        return self._xml(disks, self.console.parent, "boot")
+
+    def _xml(self, disks: str, logs: Path, word: str) -> str:
+        boot, console, log = images(), logs / self.console.name, logs / self.log.name
         scsi = any(disk.bus is Bus.SCSI for disk in self.disks)
         iothreads = int(any(disk.iothread for disk in self.disks))
         runs_in = "<driver iothread='1'/>" if iothreads else ""
@@ -306,12 +340,13 @@ class Domain:
     <kernel>{boot}/vmlinux</kernel><initrd>{boot}/initrd</initrd>
     <cmdline>{line} writer.rate=0</cmdline>
   </os>
+  <sysinfo type="fwcfg"><entry name="opt/promoter">{word}</entry></sysinfo>
   <features><acpi/></features>
   <devices>
     {self._emulator}
     {host}{disks}
-    <serial type="file"><source path="{self.console}" append="on"/><target port="0"/></serial>
-    <serial type="file"><source path="{self.log}" append="on"/><target port="1"/></serial>
+    <serial type="file"><source path="{console}" append="on"/><target port="0"/></serial>
+    <serial type="file"><source path="{log}" append="on"/><target port="1"/></serial>
     {channel}
     <memballoon model="none"/>
   </devices>

@@ -58,7 +58,7 @@ def test_a_domain_starts_only_where_its_disks_can_be_had(
         certify(tmp_path / "ca", host.state)
     root, data = linked_clone(base(), tmp_path / "root.qcow2"), blank(tmp_path / "d.qcow2", 1 << 20)
     disks = [Disk(root), Disk(data)]
-    here, there = (Domain(host.libvirtd, tmp_path, disks) for host in hosts)
+    here, there = (Domain(host.libvirtd, tmp_path, disks, boots=True) for host in hosts)
     with here:
         held = record(root)
         assert held.owner and held.owner.guest == f"domain web01 {here.uuid}"

@@ -336,6 +336,32 @@ class Monitor:
         raise ConnectionResetError(f"QEMU closed its monitor during {command}")
 
 
+def can_be_saved(accel: str, disks: Sequence[Disk]) -> bool:
+    """NVMe cannot be migrated, and with SATA goes what the firmware has seen of the disk."""
+    here = (images() / "vmlinux").exists() and accel == "tcg"
+    return here and all(disk.bus in (Bus.VIRTIO, Bus.SCSI) for disk in disks)
+
+
+def saved_state(machine: str, save: Callable[[Path, Path], None]) -> Path:
+    """The file with the state of a machine; `save(directory, file)` makes it, for the first
+    who asks."""
+    saved = images() / "states" / hashlib.sha256(machine.encode()).hexdigest()[:16]
+    saved.parent.mkdir(exist_ok=True)
+    with saved.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not saved.exists():
+            with tempfile.TemporaryDirectory(prefix="saved-", dir="/tmp") as directory:
+                save(Path(directory), part := saved.with_suffix(".part"))
+            part.rename(saved)
+    return saved
+
+
+def wait_until_saveable(console: Path) -> None:
+    """Waits for the word of vm-images/initramfs."""
+    ready = b"ready to be saved"
+    wait_for(lambda: console.exists() and ready in console.read_bytes(), "it", BOOT_TIMEOUT_S)
+
+
 @dataclass(frozen=True)
 class Machine:
     """A guest but for its images, and its state before it has looked at a disk.
@@ -357,25 +383,11 @@ class Machine:
             *(channel_arguments(agent) if self.channel else []), *serial("console", console),
         ]  # fmt: skip
 
-    @property
-    def can_be_saved(self) -> bool:
-        """NVMe cannot be migrated, and with SATA goes what the firmware has seen of the disk."""
-        here = (images() / "vmlinux").exists() and self.accel == "tcg"
-        return here and all(disk.bus in (Bus.VIRTIO, Bus.SCSI) for disk in self.disks)
-
     def state(self) -> Path:
         """The file that has it; made by the first who asks."""
         program = Path(shutil.which(self.qemu) or self.qemu).resolve()
         words = [program, program.stat().st_mtime_ns, *self._stand_in(Path())]
-        name = hashlib.sha256(repr(words).encode()).hexdigest()[:16]
-        saved = images() / "states" / name
-        saved.parent.mkdir(exist_ok=True)
-        with saved.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not saved.exists():
-                with tempfile.TemporaryDirectory(prefix="saved-", dir="/tmp") as directory:
-                    self._save(Path(directory), saved)
-        return saved
+        return saved_state(repr(words), self._save)
 
     def _stand_in(self, directory: Path) -> list[str]:
         """The command line of one whose disks are empty, and which waits."""
@@ -388,22 +400,17 @@ class Machine:
         return words
 
     def _save(self, directory: Path, target: Path) -> None:
-        console, part = directory / "console", target.with_suffix(".part")
         command = ["setpriv", "--pdeathsig", "KILL", *self._stand_in(directory)]
         with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
             try:
                 wait_for((directory / "qmp").exists, "QEMU's monitor", 30)
-                ready = "ready to be saved"
-                wait_for(
-                    lambda: ready in console.read_text(errors="replace"), ready, BOOT_TIMEOUT_S
-                )
+                wait_until_saveable(directory / "console")
                 with contextlib.closing(Monitor(directory / "qmp")) as monitor:
-                    monitor.execute("migrate", {"uri": f"exec:cat > {part}"})
+                    monitor.execute("migrate", {"uri": f"exec:cat > {target}"})
                     ask = functools.partial(monitor.execute, "query-migrate", {})
                     wait_for(lambda: ask()["status"] == "completed", "the saved state", 60)
             finally:
                 process.kill()
-        part.rename(target)
 
 
 class VM:
@@ -442,7 +449,8 @@ class VM:
             self.disks,
             channel,
         )
-        self._saved = machine if machine.can_be_saved and not extra else None
+        saved = can_be_saved(machine.accel, self.disks) and not extra
+        self._saved = machine if saved else None
         self.argv: tuple[str, ...] = (
             *machine.arguments(self.console, self.agent),
             "-qmp", f"unix:{self.monitor},server=on,wait=off",
