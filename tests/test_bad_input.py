@@ -155,7 +155,7 @@ class Place:
 
 NAMES = (
     *("running", "second", "full", "busy", "exported"),
-    *("snapshots", "encrypted", "missing", "replaced", "broken", "spelled"),
+    *("snapshots", "encrypted", "missing", "replaced", "broken", "corrupt", "spelled"),
 )
 DISKS = {name: f"vd{number}" for number, name in enumerate(NAMES)}
 
@@ -188,6 +188,9 @@ def spoil(images: Path) -> None:
     Path(copy).rename(images / "replaced-base.qcow2")
     with (images / "broken-base.qcow2").open("r+b") as file:
         file.write(bytes(512))
+    with (images / "corrupt-base.qcow2").open("r+b") as file:
+        file.seek(72)  # the incompatible features
+        file.write((1 << 1).to_bytes(8, "big"))
 
 
 @pytest.fixture(scope="module")
@@ -435,6 +438,7 @@ REFUSED = {
     "the base is missing": ("{missing}", 4, ["missing-base.qcow2"]),
     "the base was replaced": ("{replaced}", 4, ["replaced-base.qcow2", "not the file"]),
     "the base is broken": ("{broken}", 4, ["broken-base.qcow2"]),
+    "the base is marked corrupt": ("{corrupt}", 4, ["corrupt-base.qcow2 is marked corrupt"]),
     "one of two is broken": ("{second} {broken}", 4, ["broken-base.qcow2"]),
 }  # fmt: skip
 

@@ -309,7 +309,7 @@ def check_throttles(view: GuestView, disks: list[Disk]) -> None:
 async def check_chain(guest: Guest, disk: Disk) -> None:
     """Are the files, the headers, QEMU's picture and libvirt's of one mind about the chain?"""
     await asyncio.to_thread(check_files, guest, disk)
-    await check_headers(disk)
+    check_headers(disk)
     if isinstance(guest, Domain):
         check_definition(disk)
         check_backing_names(disk)
@@ -340,20 +340,19 @@ def check_files(guest: Guest, disk: Disk) -> None:
             )
 
 
-async def check_headers(disk: Disk) -> None:
+def check_headers(disk: Disk) -> None:
     for image in disk.chain:
-        if image.file is None:
+        if image.file is None or image.format != "qcow2":
             continue
         try:
-            found = await images.info(image)
-        except images.ImageError as error:
-            why = error.message.rpartition(": ")[2]
+            fault = images.header_fault(image.file)
+        except OSError as error:
             raise Refused(
-                f"{disk.name}: {image.file} cannot be read: {why}",
+                f"{disk.name}: {image.file} cannot be read: {error.strerror}",
                 "The guest still has it open: save its data before anything else.",
             ) from error
-        if found.get("format-specific", {}).get("data", {}).get("corrupt"):
-            raise Refused(f"{disk.name}: {image.file} is marked corrupt", "See: qemu-img check")
+        if fault:
+            raise Refused(f"{disk.name}: {image.file} {fault}", "See: qemu-img check")
 
 
 def check_names(names: Names, *more: Path) -> None:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from promoter.chain import Image, image_spec
 from promoter.errors import JobFailed, NoSpace
@@ -31,6 +30,7 @@ CACHE = "writeback"
 `write_behind` keeps the page cache as clean."""
 DIFFERENT = 1
 """The exit code of ``qemu-img compare`` for images that are not the same."""
+QCOW2_MAGIC = b"QFI\xfb"
 PERCENT = re.compile(r"\(([0-9.]+)/100%\)")
 
 
@@ -45,13 +45,6 @@ class Exited(ImageError):
         super().__init__(message)
         self.code = code
         self.output = output
-
-
-async def info(image: Image) -> dict[str, Any]:
-    """``qemu-img info`` of one image, opened beside whoever has it open."""
-    answer = await _qemu_img("info", "-U", "--output=json", image_spec((image,)))
-    found: dict[str, Any] = json.loads(answer)
-    return found
 
 
 async def measure(images: tuple[Image, ...], image_format: str, options: str) -> int:
@@ -181,13 +174,27 @@ def backing_name(path: Path) -> str | None:
     """
     with path.open("rb") as file:
         header = file.read(20)
-        if len(header) < 20 or header[:4] != b"QFI\xfb":
+        if len(header) < 20 or header[:4] != QCOW2_MAGIC:
             return None
         offset, size = struct.unpack(">QI", header[8:20])
         if not offset or size > 1023:
             return None
         file.seek(offset)
         return file.read(size).decode(errors="surrogateescape")
+
+
+def header_fault(path: Path) -> str | None:
+    """What is wrong with a qcow2 image by its header; None if nothing is.
+
+    Source: QEMU's docs/interop/qcow2.txt, incompatible features, bit 1.
+    """
+    with path.open("rb") as file:
+        header = file.read(80)
+    if len(header) < 72 or header[:4] != QCOW2_MAGIC:
+        return "has no qcow2 header"
+    (version,) = struct.unpack_from(">I", header, 4)
+    corrupt = version > 2 and struct.unpack_from(">Q", header, 72)[0] & 1 << 1
+    return "is marked corrupt" if corrupt else None
 
 
 async def _qemu_img(
