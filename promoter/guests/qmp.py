@@ -22,12 +22,10 @@ from typing import Any
 from qemu.qmp import (
     ConnectError,
     EventListener,
-    ExecInterruptedError,
     ExecuteError,
     QMPClient,
     QMPError,
     Runstate,
-    StateError,
 )
 
 from promoter.blockjob import PAUSED, BlockJob, JobStatus
@@ -47,6 +45,8 @@ from promoter.guests.base import (
 )
 
 GREETING_TIMEOUT = 3.0
+REPLY_TIMEOUT = 120.0
+"""Seconds until a monitor counts as lost: a QEMU is silent while its storage stalls."""
 REPLY_LIMIT = 64 * 1024 * 1024
 
 
@@ -110,21 +110,25 @@ class QmpGuest:
         async for event in self._listener:
             data: Any = event["data"]
             at: Any = event["timestamp"]
-            key = (str(data["id"]), JobStatus(data["status"]))
-            self._times[key] = at["seconds"] + at["microseconds"] / 1e6
-            self._changed.set()
+            with suppress(*view.NONSENSE):  # jobs are looked at now and then without it
+                key = (str(data["id"]), JobStatus(data["status"]))
+                self._times[key] = at["seconds"] + at["microseconds"] / 1e6
+                self._changed.set()
 
     async def _execute(self, command: str, **arguments: object) -> Any:
         return await self._ask(command, _dashed(arguments))
 
     async def _ask(self, command: str, arguments: Mapping[str, object]) -> Any:
         try:
-            return await self._client.execute(command, arguments)
+            async with asyncio.timeout(REPLY_TIMEOUT):
+                return await self._client.execute(command, arguments)
         except ExecuteError as error:
             if "No space left" in str(error):
                 raise NoSpace(f"{self.name}: {error}") from error
             raise CommandFailed(f"{self.name}: {command}: {error}") from error
-        except (ExecInterruptedError, StateError, EOFError, OSError) as error:
+        except TimeoutError as error:
+            raise ConnectionLost(f"{self.name}: no answer to {command}") from error
+        except (QMPError, EOFError, OSError, ValueError, TypeError) as error:
             raise ConnectionLost(f"{self.name}: the monitor closed during {command}") from error
 
     async def look(self) -> GuestView:
@@ -260,6 +264,7 @@ class QmpGuest:
             **more,
         )
 
+    @view.sensible
     async def _takes(self, command: str, argument: str) -> bool:
         """Has this QEMU's command such an argument (``query-qmp-schema``)?"""
         schema = {entry["name"]: entry for entry in await self._execute("query-qmp-schema")}
@@ -336,7 +341,7 @@ class QmpGuest:
         self._events.cancel()
         if self._agent:
             self._agent.close()
-        with suppress(EOFError, OSError, QMPError):  # its own end is no news to who closes it
+        with suppress(Exception):  # its own end is no news to who closes it
             await self._client.disconnect()
         self._monitor.close()
 

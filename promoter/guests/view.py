@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from contextlib import suppress
+from functools import wraps
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from promoter.blockjob import ENDED, BlockJob, JobStatus
 from promoter.chain import Disk, DiskOptions
 from promoter.errors import Refused
-from promoter.guests.base import CommandFailed, GuestView
+from promoter.guests.base import CommandFailed, ConnectionLost, GuestView
 from promoter.guests.cmdline import given
 from promoter.guests.graph import BlockGraph
 
 OLDEST = (7, 2, 0)
 LOOKS = 5
 TICK = 0.2
+NONSENSE = (KeyError, TypeError, ValueError, AttributeError)
+
+Arguments = ParamSpec("Arguments")
+Answer = TypeVar("Answer")
 
 
 class Execute(Protocol):
@@ -26,6 +31,22 @@ class Execute(Protocol):
     def __call__(self, command: str, **arguments: object) -> Awaitable[Any]: ...
 
 
+def sensible(
+    function: Callable[Arguments, Coroutine[Any, Any, Answer]],
+) -> Callable[Arguments, Coroutine[Any, Any, Answer]]:
+    """Where QEMU's answers are not of QMP's shape, the connection counts as lost."""
+
+    @wraps(function)
+    async def checked(*arguments: Arguments.args, **named: Arguments.kwargs) -> Answer:
+        try:
+            return await function(*arguments, **named)
+        except NONSENSE as error:
+            raise ConnectionLost(f"QEMU's answers make no sense: {error!r}") from error
+
+    return checked
+
+
+@sensible
 async def check_version(execute: Execute, name: str) -> None:
     """Raises `Refused` when the QEMU is older than 7.2."""
     if (version := await _version(execute)) < OLDEST:
@@ -35,6 +56,7 @@ async def check_version(execute: Execute, name: str) -> None:
         )
 
 
+@sensible
 async def take(execute: Execute, name: str, pid: int | None) -> GuestView:
     """The guest's disks, nodes and jobs as they are now.
 
@@ -46,11 +68,13 @@ async def take(execute: Execute, name: str, pid: int | None) -> GuestView:
     raise CommandFailed(f"{name}: its block graph does not stand still")
 
 
+@sensible
 async def jobs(execute: Execute) -> dict[str, BlockJob]:
     """The block jobs by their ids."""
     return {job.id: job for job in map(_job, await execute("query-jobs"))}
 
 
+@sensible
 async def status(execute: Execute) -> str:
     """QAPI's ``RunState``."""
     return str((await execute("query-status"))["status"])

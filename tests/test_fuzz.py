@@ -1,0 +1,61 @@
+"""A monitor that says nonsense: promoter says so, and nothing is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import records
+from tests.cli import Ran, ended, promoter, start
+from tests.vm import VM, Disk, base, linked_clone
+
+SEEDS = range(600)
+
+
+def fuzzed(state: Path, seed: int, lines: int, *words: object) -> Ran:
+    ran = ended(start(state, seed, lines, *words, module="tests.fuzzed"), timeout=100)
+    assert ran.code in (0, 3, 4, 6, 9), ran
+    assert "Traceback" not in ran.err, ran
+    assert ran.code == 0 or "error" in ran.err or "error" in ran.out, ran
+    return ran
+
+
+@pytest.fixture(scope="module")
+def halted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VM]:
+    directory = tmp_path_factory.mktemp("halted")
+    clone = linked_clone(base(), directory / "clone.qcow2")
+    with VM(directory, [Disk(clone)], extra=("-S",)) as vm:
+        yield vm
+
+
+@pytest.mark.sampled(40)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_chain_is_shown_or_it_is_said_why_not(halted: VM, tmp_path: Path, seed: int) -> None:
+    ran = fuzzed(tmp_path, seed, 11, "chain", halted.monitor)
+    assert ran.code in (0, 3, 4), ran
+
+
+@pytest.mark.sampled(60)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_whatever_is_heard_in_a_promotion_one_disk_is_the_true_one(
+    tmp_path: Path, seed: int
+) -> None:
+    clone = linked_clone(base(), tmp_path / "clone.qcow2")
+    state = tmp_path / "state"
+    with VM(tmp_path, [Disk(clone)], writer={"rate": 0}) as vm:
+        vm.wait_for_acks(20)
+        fuzzed(state, seed, 80, "promote", vm.monitor)
+        vm.wait_for_acks(20)
+        resumed = promoter(state, "job", "resume")
+        assert resumed.code == 0, resumed
+        assert vm.qmp("query-jobs") == []
+        vm.wait_for_acks(20)
+        vm.kill()
+        vm.start()
+        vm.wait_for_acks(20)
+        vm.kill()
+    records.check(clone, "qcow2", vm.log).raise_if_bad()
+    left = {path.name for path in tmp_path.iterdir() if path.name.startswith("clone.qcow2.")}
+    assert all(".aside-" in name for name in left), left
