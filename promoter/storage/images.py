@@ -180,7 +180,8 @@ def backing_name(path: Path) -> str | None:
         if not offset or size > 1023:
             return None
         file.seek(offset)
-        return file.read(size).decode(errors="surrogateescape")
+        name = file.read(size).partition(b"\0")[0]  # QEMU takes it for a C string
+        return name.decode(errors="surrogateescape")
 
 
 def header_fault(path: Path) -> str | None:

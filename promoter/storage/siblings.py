@@ -367,9 +367,9 @@ def _named_below(path: Path) -> Iterator[str]:
                 backing = os.pread(fd, size, offset)
             if len(backing) < size:
                 raise ValueError("its qcow2 header is cut short")
-            yield from _files_of(os.fsdecode(backing))
+            yield from _files_of(backing)
         if version == 3 and (data := _data_file(header, offset)):
-            yield from _files_of(os.fsdecode(data))
+            yield from _files_of(data)
     finally:
         os.close(fd)
 
@@ -393,8 +393,12 @@ def _data_file(header: bytes, backing_offset: int) -> bytes | None:
     return None  # or whoever opens it says which
 
 
-def _files_of(name: str) -> list[str]:
-    """The file names in a backing file's name: itself, or those in its ``json:``."""
+def _files_of(field: bytes) -> list[str]:
+    """The file names in a backing file's name: itself, or those in its ``json:``.
+
+    QEMU takes what a header has for a C string.
+    """
+    name = os.fsdecode(field.partition(b"\0")[0])
     if name.startswith("json:"):
         return list(_filenames(json.loads(name[5:])))
     return [name.removeprefix("file:")]
