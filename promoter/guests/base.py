@@ -252,6 +252,10 @@ class Domain(Guest, Protocol):
     @property
     def uuid(self) -> str: ...
 
+    @property
+    def is_here(self) -> bool:
+        """Is its libvirt this host's?"""
+
     async def copy(self, disk: str) -> RunningCopy | None:
         """The copy of a disk (``virDomainBlockCopy``) that runs, whoever started it."""
 
@@ -267,6 +271,9 @@ class Domain(Guest, Protocol):
         libvirt has written and flushed the file then, not its directory
         (``virDomainDefineXML``).
         """
+
+    async def definition(self) -> Mapping[str, DefinedDisk]:
+        """The files that the next start opens, by disk: those of the persistent definition."""
 
     async def has_volume(self, file: Path) -> bool:
         """Is there such a file in a pool that libvirt knows? Of others nothing can be said."""
