@@ -17,6 +17,8 @@ from tests.cli import Ran, ended, promoter, start
 from tests.domains import Domain, Libvirtd
 from tests.struck import POINTS
 from tests.test_kills import Case
+from tests.test_lease_operations import Leased
+from tests.test_lease_run import LeasingHost
 from tests.vm import VM, Disk, base, blank, chain, file_system, linked_clone, qemu_img
 
 CLUSTER = 1 << 16
@@ -324,3 +326,26 @@ def test_apparmors_denials_are_read_from_its_own_lines() -> None:
     assert list(denials(text, [plain, spaced], 1_699_999_999)) == expected
     assert denials(text, [Path("/vm/other.qcow2")], 0) == ()
     assert denials(text, [plain], 1_700_000_002) == ()
+
+
+def test_a_leased_disk_is_well_on_its_host_and_nowhere_else(tmp_path: Path) -> None:
+    hosts = LeasingHost(tmp_path, "host-a"), LeasingHost(tmp_path, "host-b")
+    leased = Leased(tmp_path, hosts)
+    try:
+        leased.boot()
+        well = leased.perform("doctor")
+        assert (well.code, well.result["findings"]) == (0, []), well.out
+        elsewhere = leased.perform("doctor", host=leased.b)
+        assert elsewhere.code == 10, elsewhere.out
+        assert "is held by host host-a" in said(elsewhere, "finding")
+        leased.strike("announced", "promote")
+        assert leased.perform("doctor").code == 9
+        mended = leased.perform("doctor", "--repair")
+        assert (mended.code, mended.result["findings"]) == (0, []), mended.out
+        assert leased.names_its_file()
+        leased.write(20)
+        leased.passes_to_the_other_host()
+    finally:
+        for host in hosts:
+            host.close()
+        leased.close()

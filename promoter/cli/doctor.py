@@ -96,9 +96,8 @@ class Doctor:
         kind = "finding" if finding.wrong else "note"
         text = f"{'wrong' if finding.wrong else 'note'}: {finding.about}: {finding.message}"
         if finding.hint:
-            text += f"\n  {finding.hint}"
-        if finding.remedy and not repair:
-            text += f"\n  --repair does that: {finding.remedy}"
+            does = " (--repair does it)" if finding.remedy and not repair else ""
+            text += f"\n  {finding.hint}{does}"
         self._voice.event(kind, text, **_fields(finding))
 
     def _conclude(self, diagnosis: Diagnosis, *, repair: bool) -> None:
