@@ -17,7 +17,7 @@ from promoter.operations import consolidate as consolidation
 from promoter.operations import promote as promotion
 from promoter.operations import snapshot as snapshots
 from promoter.operations.journal import Journal, state_directory
-from promoter.operations.move import Choices, CopyMode, Loss, Old
+from promoter.operations.move import Choices, CopyMode, Loss, Old, OnFull
 from promoter.storage.seed import LEAST_EXTENDED, Preallocation, SeedMethod
 
 app = typer.Typer(
@@ -225,6 +225,10 @@ def promote(
         bool, typer.Option("--adopt", help="Finish a copy of a domain's disk that runs already.")
     ] = False,
     old: OldFiles = Old.ASIDE,
+    on_full: Annotated[
+        OnFull,
+        typer.Option(help="When there is no room: wait for some, or put all back, with code 5."),
+    ] = OnFull.WAIT,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -256,6 +260,7 @@ def promote(
         lose=tuple(lose or ()),
         old=old,
         adopt=adopt,
+        on_full=on_full,
     )
     output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
     work = run.perform(promotion.plan, guest, connect, choices, state, output, dry_run=dry_run)

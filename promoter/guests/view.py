@@ -48,7 +48,13 @@ async def take(execute: Execute, name: str, pid: int | None) -> GuestView:
 
 async def jobs(execute: Execute) -> dict[str, BlockJob]:
     """The block jobs by their ids."""
-    return {job.id: job for job in map(_job, await execute("query-jobs"))}
+    full = {
+        job["device"]
+        for job in await execute("query-block-jobs")
+        if (job["paused"], job["io-status"]) == (True, "nospace")
+    }
+    found = [_job(entry, full) for entry in await execute("query-jobs")]
+    return {job.id: job for job in found}
 
 
 async def status(execute: Execute) -> str:
@@ -137,7 +143,7 @@ async def _device(execute: Execute, qdev: str) -> str:
         return ""
 
 
-def _job(entry: dict[str, Any]) -> BlockJob:
+def _job(entry: dict[str, Any], full: Collection[str]) -> BlockJob:
     return BlockJob(
         id=entry["id"],
         type=entry["type"],
@@ -145,6 +151,7 @@ def _job(entry: dict[str, Any]) -> BlockJob:
         done=entry["current-progress"],
         total=entry["total-progress"],
         error=entry.get("error"),
+        full=entry["id"] in full,
     )
 
 
