@@ -14,8 +14,10 @@ import pytest
 from promoter.storage.abilities import abilities, mount_of, nfs_faults
 from promoter.storage.denials import Denial, denials
 from tests.cli import Ran, ended, promoter, start
+from tests.deltas import read_until
 from tests.domains import Domain, Libvirtd
 from tests.struck import POINTS
+from tests.test_bad_input import promoting
 from tests.test_kills import Case
 from tests.test_lease_operations import Leased
 from tests.test_lease_run import LeasingHost
@@ -148,6 +150,22 @@ def test_without_a_guest_the_host_and_its_journal_are_looked_at(tmp_path: Path) 
         assert (mended.code, mended.result["findings"]) == (0, []), mended.out
         assert set(files(tmp_path)) == {"clone.qcow2"}
         case.boot()
+        case.prove(promoted=False)
+
+
+def test_a_guest_on_which_an_operation_runs_is_left_alone(tmp_path: Path) -> None:
+    case = Case(tmp_path, target=False)
+    with case.vm as vm:
+        vm.wait_for_acks(20)
+        with promoting(case.state, vm, "--speed", "1M", "--json") as process:
+            read_until(process, '"phase": "seed"')
+            found = doctor(case, case.state, "--repair")
+            assert (found.code, found.result["repaired"]) == (0, []), found.out
+            assert "runs; what it works on was not looked into" in said(found, "note")
+            process.send_signal(signal.SIGINT)
+            assert ended(process).code == 7
+        assert doctor(case, case.state).code == 0
+        vm.wait_for_acks(20)
         case.prove(promoted=False)
 
 

@@ -59,6 +59,9 @@ class Doctor:
             if self._name is None:
                 return await examine_host(self._uri, journal, run.connect_again)
             return await examine_guest(self._called, self._meet, journal)
+        except OSError as error:
+            hint = "Run promoter as root, or as the files' owner."
+            raise PromoterError(f"cannot look at everything: {error}", hint) from error
         finally:
             journal.close()
 

@@ -29,6 +29,8 @@ async def sweep(intent: Move, connect: Callable[[Move], Awaitable[Guest]]) -> No
 
 async def spares_left(intent: Move, connect: Callable[[Move], Awaitable[Guest]]) -> list[Path]:
     """The second names that no QEMU needs any more; none where that cannot be known."""
+    if not any(disk.names.spares() for disk in intent.disks):
+        return []
     view = None
     try:
         guest = await connect(intent)
