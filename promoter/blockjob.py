@@ -35,7 +35,10 @@ ENDED = frozenset({JobStatus.CONCLUDED, JobStatus.NULL})
 
 @dataclass(frozen=True)
 class BlockJob:
-    """One job as ``query-jobs`` shows it; progress is in arbitrary units."""
+    """One job as ``query-jobs`` shows it; progress is in arbitrary units.
+
+    ``full``: it stands still since its target's storage is full.
+    """
 
     id: str
     type: str
@@ -43,6 +46,7 @@ class BlockJob:
     done: int = 0
     total: int = 0
     error: str | None = None
+    full: bool = False
 
 
 @dataclass(frozen=True)

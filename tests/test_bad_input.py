@@ -658,7 +658,7 @@ def test_without_space_it_stops_and_resumes_when_there_is_room(
         VM(tmp_path, [Disk(clone)], writer=CALM) as vm,
     ):
         vm.wait_for_acks(1)
-        words = ("--target-dir", small, "--speed", "20M", "--json")
+        words = ("--target-dir", small, "--speed", "20M", "--on-full", "fail", "--json")
         with unchanged(vm, images):
             with promoting(state, vm, *words, hang=hang) as process:
                 filler = take_space(vm, small, process)

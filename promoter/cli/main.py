@@ -10,13 +10,14 @@ from typing import Annotated
 import typer
 
 from promoter.cli import agent, hook, lease, run
+from promoter.cli.doctor import Doctor
 from promoter.cli.output import choose
 from promoter.guests.base import DEFAULT_URI
 from promoter.operations import consolidate as consolidation
 from promoter.operations import promote as promotion
 from promoter.operations import snapshot as snapshots
 from promoter.operations.journal import Journal, state_directory
-from promoter.operations.move import Choices, CopyMode, Loss, Old
+from promoter.operations.move import Choices, CopyMode, Loss, Old, OnFull
 from promoter.storage.seed import LEAST_EXTENDED, Preallocation, SeedMethod
 
 app = typer.Typer(
@@ -224,6 +225,10 @@ def promote(
         bool, typer.Option("--adopt", help="Finish a copy of a domain's disk that runs already.")
     ] = False,
     old: OldFiles = Old.ASIDE,
+    on_full: Annotated[
+        OnFull,
+        typer.Option(help="When there is no room: wait for some, or put all back, with code 5."),
+    ] = OnFull.WAIT,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -255,6 +260,7 @@ def promote(
         lose=tuple(lose or ()),
         old=old,
         adopt=adopt,
+        on_full=on_full,
     )
     output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
     work = run.perform(promotion.plan, guest, connect, choices, state, output, dry_run=dry_run)
@@ -371,6 +377,32 @@ def backup(
     output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
     work = run.back_up(guest, connect, choices, directory, since, keep, state, output)
     run.finish(work, output)
+
+
+@app.command()
+def doctor(
+    state: State,
+    guest: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[GUEST]",
+            help="A libvirt domain, or the path of a QMP socket; default: this host.",
+        ),
+    ] = None,
+    connect: Connect = DEFAULT_URI,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Mend what is certainly promoter's own.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what is wrong with a guest's disks, or on this host, and what would mend it.
+
+    The exit code is that of the gravest: 8 images, or pictures of them, that do not agree; 9 half
+    done; 3 not reachable; 10 a lease; 5 no space; 4 promoter would refuse.
+    """
+    output = choose(as_json=as_json, quiet=False, verbose=False)
+    visit = Doctor(guest, connect, state, output, as_json=as_json).visit(repair=repair)
+    run.finish(visit, output)
 
 
 @job_app.command("list")

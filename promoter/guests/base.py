@@ -82,7 +82,8 @@ class MirrorSpec:
     ``sync`` is "top" (the active layer only, onto a seeded target) or "full".
     ``granularity`` is in bytes, ``speed`` in bytes per second (0: no limit). ``create``: libvirt
     makes the file, which must not be there. ``target_is_zero``: the target shows nothing but zeros,
-    so that none need be written; a false claim corrupts it.
+    so that none need be written; a false claim corrupts it. ``waits_for_room``: in plain QEMU it
+    stands still when the target's storage is full, until `PlainGuest.retry`.
     """
 
     job: str
@@ -98,6 +99,7 @@ class MirrorSpec:
     backing: Path | None = None
     create: bool = False
     target_is_zero: bool = False
+    waits_for_room: bool = False
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,9 @@ class PlainGuest(Guest, Protocol):
     async def write_blocking(self, job: str) -> None:
         """Have a background mirror write to both disks from now on, if this QEMU can."""
 
+    async def retry(self, job: str) -> None:
+        """Have a job that found its target's storage full try again."""
+
     async def complete(self, job: str) -> None: ...
 
     async def finalize(self, job: str) -> None: ...
@@ -252,6 +257,10 @@ class Domain(Guest, Protocol):
     @property
     def uuid(self) -> str: ...
 
+    @property
+    def is_here(self) -> bool:
+        """Is its libvirt this host's?"""
+
     async def copy(self, disk: str) -> RunningCopy | None:
         """The copy of a disk (``virDomainBlockCopy``) that runs, whoever started it."""
 
@@ -267,6 +276,9 @@ class Domain(Guest, Protocol):
         libvirt has written and flushed the file then, not its directory
         (``virDomainDefineXML``).
         """
+
+    async def definition(self) -> Mapping[str, DefinedDisk]:
+        """The files that the next start opens, by disk: those of the persistent definition."""
 
     async def has_volume(self, file: Path) -> bool:
         """Is there such a file in a pool that libvirt knows? Of others nothing can be said."""

@@ -15,6 +15,10 @@ from itertools import pairwise
 from pathlib import Path
 
 WANTED = ("aio", "discard", "locking")
+BLOCKS = frozenset({"-blockdev", "--blockdev", "-drive", "--drive"})
+DEVICES = frozenset({"-device", "--device"})
+REMOTE = re.compile(r"(?!file:)[a-z][a-z0-9+]*:")
+"""How a name begins that is no local file's: ``nbd:``, ``json:``."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,32 @@ def given(pid: int | None, names: set[str]) -> Given:
     return Given()
 
 
+def boot_file(pid: int, names: set[str]) -> Path | None:
+    """The local file that the command line of process ``pid`` opens as the active layer of the
+    disk known by one of ``names``; None where it does not say.
+    """
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+        cwd = Path(f"/proc/{pid}/cwd").resolve()
+    except OSError:
+        return None
+    devices = [device for device in _of(words, DEVICES) if device.get("id") in names]
+    plugged = {device["drive"] for device in devices if "drive" in device}
+    blocks = {b.get("node-name") or b.get("id", ""): b for b in _of(words, BLOCKS)}
+    block = next((blocks[name] for name in (*plugged, *names) if name in blocks), None)
+    while block and (below := blocks.pop(block.get("file", ""), None)):
+        block = below
+    named = block and (block.get("filename") or block.get("file.filename") or block.get("file"))
+    return cwd / named.removeprefix("file:") if named and not REMOTE.match(named) else None
+
+
 def _blocks(words: list[str]) -> Iterator[dict[str, str]]:
+    return _of(words, BLOCKS)
+
+
+def _of(words: list[str], options: frozenset[str]) -> Iterator[dict[str, str]]:
     for option, value in pairwise(words):
-        if option in ("-blockdev", "--blockdev", "-drive", "--drive"):
+        if option in options:
             yield _flatten(json.loads(value)) if value.startswith("{") else _key_values(value)
 
 

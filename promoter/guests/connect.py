@@ -17,6 +17,13 @@ async def plain(monitor: Path) -> PlainGuest:
     return await QmpGuest.connect(monitor)
 
 
+async def knock(uri: str) -> None:
+    """Does libvirt answer at ``uri``? Raises `Unreachable`."""
+    from promoter.guests.libvirt import LibvirtGuest
+
+    await LibvirtGuest.knock(uri)
+
+
 async def domain(name: str, uri: str, *, running: bool = True) -> Domain:
     """The domain of that name or UUID, ``running`` or not. Raises as `LibvirtGuest.connect`."""
     from promoter.guests.libvirt import LibvirtGuest

@@ -81,7 +81,7 @@ class LibvirtGuest:
         self._uri = uri
         self._connection = connection
         self._domain = domain
-        self._pid = _pid(domain.UUIDString()) if _is_local(connection.getURI()) else None
+        self._pid = _pid(domain.UUIDString()) if self.is_here else None
         self._changed = asyncio.Event()
         self._gone = asyncio.Event()
         self._ended: dict[str, BlockJob] = {}
@@ -103,6 +103,16 @@ class LibvirtGuest:
         except libvirt.libvirtError as error:
             raise Unreachable(f"no answer from {uri}: {error}", _hint(error)) from error
         return guest
+
+    @classmethod
+    async def knock(cls, uri: str) -> None:
+        """Does libvirt answer? Raises `Unreachable`."""
+        _start_events()
+        try:
+            connection = await asyncio.to_thread(libvirt.open, uri)
+        except libvirt.libvirtError as error:
+            raise Unreachable(f"no answer from {uri}: {error}", _hint(error)) from error
+        connection.close()
 
     def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
         def later(function: Callable[..., None]) -> Callable[..., None]:
@@ -142,6 +152,10 @@ class LibvirtGuest:
     @property
     def uuid(self) -> str:
         return str(self._domain.UUIDString())
+
+    @property
+    def is_here(self) -> bool:
+        return _is_local(self._connection.getURI())
 
     @property
     def pid(self) -> int | None:
@@ -348,6 +362,16 @@ class LibvirtGuest:
                 _point(element, disks[name])
         text = ElementTree.tostring(definition, "unicode")
         await self._call(self._connection.defineXML, text)
+
+    async def definition(self) -> Mapping[str, DefinedDisk]:
+        if not await self._call(self._domain.isPersistent):
+            return {}
+        disks = _disks(await self._resolved(DEFINITION))
+        return {
+            name: DefinedDisk(Path(file), _get(disk, "driver", "type") or "raw")
+            for name, disk in disks.items()
+            if (file := _source(disk))
+        }
 
     async def has_volume(self, file: Path) -> bool:
         try:

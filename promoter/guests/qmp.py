@@ -47,6 +47,7 @@ from promoter.guests.base import (
 GREETING_TIMEOUT = 3.0
 REPLY_TIMEOUT = 120.0
 """Seconds until a monitor counts as lost: a QEMU is silent while its storage stalls."""
+RESUMING = 2.0
 REPLY_LIMIT = 64 * 1024 * 1024
 
 
@@ -259,6 +260,7 @@ class QmpGuest:
             copy_mode=spec.copy_mode,
             speed=spec.speed,
             filter_node_name=f"{spec.target}-mirror",
+            on_target_error="enospc" if spec.waits_for_room else "report",
             auto_finalize=False,
             auto_dismiss=False,
             **more,
@@ -308,8 +310,13 @@ class QmpGuest:
         await self._execute("job-pause", id=job)
 
     async def resume_job(self, job: str, speed: int) -> None:
+        await self.retry(job)
+        with suppress(TimeoutError):  # it stands still again at once: there is no room
+            async with asyncio.timeout(RESUMING):
+                await self.wait_for(job, tuple(set(JobStatus) - PAUSED), lambda _: None)
+
+    async def retry(self, job: str) -> None:
         await self._execute("job-resume", id=job)
-        await self.wait_for(job, tuple(set(JobStatus) - PAUSED), lambda _: None)
 
     async def write_blocking(self, job: str) -> None:
         commands = {command["name"] for command in await self._execute("query-commands")}

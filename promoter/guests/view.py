@@ -71,7 +71,13 @@ async def take(execute: Execute, name: str, pid: int | None) -> GuestView:
 @sensible
 async def jobs(execute: Execute) -> dict[str, BlockJob]:
     """The block jobs by their ids."""
-    return {job.id: job for job in map(_job, await execute("query-jobs"))}
+    full = {
+        job["device"]
+        for job in await execute("query-block-jobs")
+        if (job["paused"], job["io-status"]) == (True, "nospace")
+    }
+    found = [_job(entry, full) for entry in await execute("query-jobs")]
+    return {job.id: job for job in found}
 
 
 @sensible
@@ -161,7 +167,7 @@ async def _device(execute: Execute, qdev: str) -> str:
         return ""
 
 
-def _job(entry: dict[str, Any]) -> BlockJob:
+def _job(entry: dict[str, Any], full: Collection[str]) -> BlockJob:
     return BlockJob(
         id=entry["id"],
         type=entry["type"],
@@ -169,6 +175,7 @@ def _job(entry: dict[str, Any]) -> BlockJob:
         done=entry["current-progress"],
         total=entry["total-progress"],
         error=entry.get("error"),
+        full=entry["id"] in full,
     )
 
 

@@ -22,6 +22,7 @@ from promoter.lease.host import Host
 from promoter.lease.record import LeaseRecord
 from promoter.lease.rules import Evidence, Lock, Storage, beat
 from promoter.lease.store import CouldNotTell, LeaseStore
+from promoter.storage.abilities import mount_of
 from promoter.storage.files import is_locked
 
 BEAT_EVERY = 5.0
@@ -141,19 +142,7 @@ def lock_on(disk: Path) -> Lock:
 
 def storage_of(path: Path) -> Storage:
     """Local only where the file system is known to be; everything else may lose locks."""
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    mounts = [(line.split()[4], line.partition(" - ")[2].split()[0]) for line in lines]
-    above = [mount for mount in mounts if _is_below(path, _unescaped(mount[0]))]
-    kind = max(above, key=lambda mount: len(mount[0]))[1] if above else ""
-    return Storage.LOCAL if kind in LOCAL else Storage.NETWORK
-
-
-def _is_below(path: Path, mount: str) -> bool:
-    return path.is_relative_to(mount)
-
-
-def _unescaped(text: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
+    return Storage.LOCAL if mount_of(path).kind in LOCAL else Storage.NETWORK
 
 
 def fence(state: Path, host: str, disk: Path, epoch: int) -> bool:

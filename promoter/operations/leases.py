@@ -35,6 +35,7 @@ from promoter.lease.host import Host, new_stamp, runs_under, this_host
 from promoter.lease.readers import lease_of
 from promoter.lease.record import DiskIdentity, LeaseRecord, Operation, Owner, State, Work
 from promoter.operations.move import DiskIntent, Move, Old, Way
+from promoter.storage.names import boot_name
 from promoter.storage.siblings import Registered, Unreadable
 
 TELL_EVERY = 1.0
@@ -50,7 +51,8 @@ def check_leases(intents: Iterable[DiskIntent], old: Old, pid: int | None, state
         if intent.names.remote:
             continue
         if store := lease_of(intent.names.path):
-            _check_disk(store, intent, pid, this_host(state))
+            host = this_host(state)
+            _check_disk(store, intent.name, intent.identity, pid, host)
             _check_way(store, intent)
             if old is Old.DELETE and intent.way is not Way.SNAPSHOT:
                 _check_unread(store, intent)
@@ -59,9 +61,21 @@ def check_leases(intents: Iterable[DiskIntent], old: Old, pid: int | None, state
                 _check_layer(base, intent.name, this_host(state))
 
 
-def _check_disk(store: LeaseFile, intent: DiskIntent, pid: int | None, host: Host) -> None:
+def check_lease(disk: Disk, pid: int | None, state: Path) -> LeaseRecord | None:
+    """May a disk that a guest has open be changed here, by its lease; its newest record.
+
+    None: it has no lease. Raises `Refused` or `LeaseHeld`.
+    """
+    file = disk.chain.active.file
+    if file is None or (store := lease_of(boot_name(file))) is None:
+        return None
+    _check_disk(store, disk.name, "", pid, this_host(state))
+    return _read(store)
+
+
+def _check_disk(store: LeaseFile, disk: str, identity: str, pid: int | None, host: Host) -> None:
     record = _read(store)
-    _check_owner(store, record, intent.name, host)
+    _check_owner(store, record, disk, host)
     why = ""
     owner = record.owner
     if record.state is State.RELEASING:
@@ -77,8 +91,8 @@ def _check_disk(store: LeaseFile, intent: DiskIntent, pid: int | None, host: Hos
         why = f"{record.operation.kind} {record.operation.id} works on it"
         hint = f"See: promoter job watch {record.operation.id}"
     if why:
-        raise Refused(f"{intent.name}: {store.disk}: {why}", hint)
-    _begun(host, Operation(intent.identity, "", ""), record)  # raises what stands in its way
+        raise Refused(f"{disk}: {store.disk}: {why}", hint)
+    _begun(host, Operation(identity, "", ""), record)  # raises what stands in its way
 
 
 def _check_owner(store: LeaseFile, record: LeaseRecord, disk: str, host: Host) -> None:

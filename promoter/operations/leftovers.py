@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+import re
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 
 from promoter.chain import Image
@@ -15,31 +16,69 @@ from promoter.storage.files import is_open, sync
 from promoter.storage.images import backing_name
 from promoter.storage.names import MERGED, Names, merged_name
 
+ON_THE_WAY = re.compile(
+    r".+\.(?:part|next)-([0-9a-f]{8})(?:\.delta)?|.+\.aside-([0-9a-f]{8})\.back"
+)
+
 
 async def sweep(intent: Move, connect: Callable[[Move], Awaitable[Guest]]) -> None:
     """Remove the names that an operation which has ended left, if no QEMU needs them."""
+    for spare in await spares_left(intent, connect):
+        spare.unlink()
+
+
+async def spares_left(intent: Move, connect: Callable[[Move], Awaitable[Guest]]) -> list[Path]:
+    """The second names that no QEMU needs any more; none where that cannot be known."""
+    if not any(disk.names.spares() for disk in intent.disks):
+        return []
     view = None
     try:
         guest = await connect(intent)
     except Unreachable:
         here = [disk.names.path for disk in intent.disks if not disk.names.remote]
         if any([await asyncio.to_thread(is_open, path) for path in here]):
-            return
+            return []
     else:
         try:
             view = await guest.look()
         finally:
             await guest.close()
-    for disk in intent.disks:
-        remove_spares(disk.names, view)
+    return [spare for disk in intent.disks for spare in unneeded(disk.names, view)]
 
 
 def remove_spares(names: Names, view: GuestView | None) -> None:
     """Remove the names that no QEMU remembers and no header has; None: there is no QEMU."""
-    for spare in names.spares():
-        remembered = view is not None and names.is_remembered(spare, view.files)
-        if not remembered and not is_named_as_backing(spare):
-            spare.unlink()
+    for spare in unneeded(names, view):
+        spare.unlink()
+
+
+def unneeded(names: Names, view: GuestView | None) -> list[Path]:
+    """The second names that no QEMU remembers and no header has; None: there is no QEMU."""
+    return [
+        spare
+        for spare in names.spares()
+        if not (view is not None and names.is_remembered(spare, view.files))
+        and not is_named_as_backing(spare)
+    ]
+
+
+def half_made(directory: Path) -> Iterator[tuple[Path, str]]:
+    """The names in a directory that an operation makes on its way and removes, with its id."""
+    for path in sorted(directory.iterdir()):
+        if found := ON_THE_WAY.fullmatch(path.name):
+            yield path, found[1] or found[2]
+
+
+def is_needed(path: Path) -> bool:
+    """Would something be lost with one of the `half_made` names?
+
+    A seed that grows is nobody's yet; the others are second names of what has another.
+    """
+    if is_named_as_backing(path):
+        return True
+    if ".part-" in path.name:
+        return is_open(path)
+    return not path.is_symlink() and path.stat().st_nlink == 1
 
 
 def is_named_as_backing(file: Path) -> bool:

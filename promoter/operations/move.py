@@ -56,6 +56,13 @@ class Old(StrEnum):
     DELETE = "delete"
 
 
+class OnFull(StrEnum):
+    """What happens when there is no room for the new disk any more."""
+
+    WAIT = "wait"
+    FAIL = "fail"
+
+
 class Way(StrEnum):
     """How a disk leaves its active layer.
 
@@ -109,6 +116,7 @@ class Choices:
     old: Old = Old.ASIDE
     adopt: bool = False
     quiesce: bool = False
+    on_full: OnFull = OnFull.FAIL
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,12 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from promoter.blockjob import ENDED, READY, BlockJob, Progress
+from promoter.chain import FileStamp
 from promoter.errors import (
     Cancelled,
     Interrupted,
@@ -41,7 +43,7 @@ from promoter.guests.base import (
     Start,
 )
 from promoter.guests.bugs import loses_writes_at_start
-from promoter.operations import operation
+from promoter.operations import operation, room
 from promoter.operations.journal import Journal, OperationStatus
 from promoter.operations.leases import Leases
 from promoter.operations.leftovers import call_merged, delete_old, kept_files, remove_spares
@@ -58,6 +60,7 @@ from promoter.operations.move import (
     Kind,
     Move,
     Old,
+    OnFull,
     Seen,
     Way,
     decide,
@@ -523,10 +526,25 @@ class MoveOperation:
         pace = self._paces[disk.node] = Pace(self.intent.choices.speed)
         if not self._going.is_set():
             pace.pause()
-        made = await self._while_alive(seed.make_seed(spec, pace, report))
+        made = await self._while_alive(self._make_seed(disk, spec, pace, report))
         self._report(disk).seeded_bytes = disk.part.stat().st_blocks * 512
         self._save(self.intent.with_disk(index, replace(disk, seeded=made)))
         seed.publish(disk.part, disk.names.target)
+
+    async def _make_seed(
+        self, disk: DiskIntent, spec: SeedSpec, pace: Pace, report: Callable[[int, int], None]
+    ) -> FileStamp:
+        """Make the seed, at the first try or, if that is wished, when there is room."""
+        while True:
+            try:
+                return await seed.make_seed(spec, pace, report)
+            except (NoSpace, OSError) as error:
+                full = isinstance(error, NoSpace) or error.errno == errno.ENOSPC
+                if not full or self.intent.choices.on_full is OnFull.FAIL:
+                    raise
+            await asyncio.to_thread(seed.discard, spec.part)
+            tell = partial(self._on_progress, disk.name, room.PHASE)
+            await room.wait_for_room(spec.part.parent, disk.required, tell)
 
     async def _while_alive(self, work: Coroutine[None, None, T]) -> T:
         """Work outside the guest, given up when the guest goes away."""
@@ -702,21 +720,41 @@ class MoveOperation:
         commits = [disk for disk in running if disk.way is Way.COMMIT]
         keep_slowing = self._slowing.keep_slowing(self._alive, commits)
         slowing = asyncio.create_task(keep_slowing, name="convergence")
+        relieving = asyncio.create_task(self._keep_relieving(running), name="room")
         try:
             for disk in running:
 
                 def tick(job: BlockJob, disk: DiskIntent = disk) -> None:
-                    if slowing.done():
-                        slowing.result()  # raises what went wrong with it
+                    for helping in (slowing, relieving):
+                        if helping.done():
+                            helping.result()  # raises what went wrong with it
                     self._copied(disk, began, job)
 
-                job = await self._alive.wait_for(disk.job, READY, tick)
+                job = await self._wait_until_ready(disk, tick)
                 if job is None or job.status in ENDED:
                     return
                 tick(job)
         finally:
             slowing.cancel()
-            await asyncio.gather(slowing, return_exceptions=True)
+            relieving.cancel()
+            await asyncio.gather(slowing, relieving, return_exceptions=True)
+
+    async def _wait_until_ready(
+        self, disk: DiskIntent, tick: Callable[[BlockJob], None]
+    ) -> BlockJob | None:
+        """QEMU says standby, as of one that is ready, of one that has no room, too."""
+        while True:
+            job = await self._alive.wait_for(disk.job, READY, tick)
+            if job is None or not job.full:
+                return job
+            tick(job)
+            await asyncio.sleep(room.LOOK_EVERY)
+
+    async def _keep_relieving(self, running: list[DiskIntent]) -> None:
+        if self.intent.choices.on_full is OnFull.WAIT and isinstance(self._guest, PlainGuest):
+            mirrors = [disk for disk in running if disk.way is Way.MIRROR]
+            relief = room.Relief(self._guest, self._on_progress)
+            await relief.keep_relieving(mirrors, self._going)
 
     def _copied(self, disk: DiskIntent, began: float, job: BlockJob) -> None:
         progress = Progress(job.done, job.total, time.monotonic() - began)

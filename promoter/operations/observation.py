@@ -111,6 +111,8 @@ def _job(job: BlockJob | None) -> Job:
         return Job.NONE
     if job.status is JobStatus.CONCLUDED:
         return Job.FAILED if job.error else Job.DONE
+    if job.full:
+        return Job.RUNNING  # though QEMU calls it standby when it was ready
     if job.status in DRAINED:
         return Job.PENDING
     return Job.READY if job.status in READY else Job.RUNNING

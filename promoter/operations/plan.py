@@ -16,7 +16,7 @@ from promoter.errors import Refused
 from promoter.guests.base import Domain, Guest, GuestView
 from promoter.guests.bugs import loses_writes_at_start, unmaps_wrongly
 from promoter.operations.leases import check_leases
-from promoter.operations.move import Choices, DiskIntent, DomainAddress, Kind, Move, Way
+from promoter.operations.move import Choices, DiskIntent, DomainAddress, Kind, Move, OnFull, Way
 from promoter.operations.preflight import (
     check_device,
     check_directory,
@@ -92,6 +92,7 @@ async def make_plan(
         warnings=(
             *_bugs(kind, view, [disk for disk in disks if disk.key in changed]),
             *(warning for intent in intents for warning in _warnings(intent)),
+            *(w for intent in intents for w in _on_full(choices, intent)),
         ),
     )
 
@@ -203,6 +204,11 @@ def _bugs(kind: Kind, view: GuestView, disks: list[Disk]) -> Iterator[str]:
                 f"{disk.name}: QEMU {version} can lose writes with detect-zeroes=unmap:"
                 " the new disk has detect-zeroes=on until the guest's next boot"
             )
+
+
+def _on_full(choices: Choices, intent: DiskIntent) -> Iterator[str]:
+    if choices.on_full is OnFull.WAIT and intent.names.defined:
+        yield f"{intent.name}: libvirt's copy cannot wait for room: without any it is put back"
 
 
 def _warnings(intent: DiskIntent) -> list[str]:

@@ -240,7 +240,7 @@ def check_backing_names(disk: Disk) -> None:
     for upper, lower in pairwise(disk.chain):
         if not (upper.file and lower.file):
             continue  # how the name of what is elsewhere is written is QEMU's and libvirt's affair
-        named = images.backing_name(upper.file) or ""
+        named = (images.backing_name(upper.file) or "").removeprefix("file:")
         found = stamp(upper.file.parent / named)
         if not named.startswith("json:") and found != stamp(lower.file):
             raise Refused(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from promoter.guests.base import CommitSpec, DefinedDisk, MirrorSpec, NodeSpec, SnapshotSpec
-from promoter.operations.move import Choices, DiskIntent, Way
+from promoter.operations.move import Choices, DiskIntent, OnFull, Way
 from promoter.storage.images import Backing
 from promoter.storage.seed import SeedMethod
 
@@ -42,6 +42,7 @@ def mirror_spec(disk: DiskIntent, choices: Choices) -> MirrorSpec:
         speed=choices.speed,
         backing=backing.name if backing else None,
         create=disk.names.remote,
+        waits_for_room=choices.on_full is OnFull.WAIT,
     )
 
 

@@ -104,6 +104,15 @@ def is_locked(path: Path) -> bool:
         os.close(fd)
 
 
+def is_written(path: Path) -> bool:
+    """Does a QEMU process hold the lock of one that may write to the file?"""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return _busy(fd, QEMU_PERMISSION_BYTES[1])
+    finally:
+        os.close(fd)
+
+
 def _busy(fd: int, byte: int) -> bool:
     layout = "hhqqi4x"
     request = struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from promoter.chain import Image, image_spec
 from promoter.errors import JobFailed, NoSpace
@@ -28,9 +29,12 @@ SHORT_NAP, LONGEST_NAP = 0.01, 0.2
 CACHE = "writeback"
 """How qemu-img writes: where files grow, the kernel allocates better than O_DIRECT does, and
 `write_behind` keeps the page cache as clean."""
+MOST_LAYERS = 200
 DIFFERENT = 1
 """The exit code of ``qemu-img compare`` for images that are not the same."""
 QCOW2_MAGIC = b"QFI\xfb"
+CORRUPT, LEAKING, NO_CHECK = 2, 3, 63
+"""The exit codes of ``qemu-img check`` for what it found, and for formats it cannot check."""
 PERCENT = re.compile(r"\(([0-9.]+)/100%\)")
 
 
@@ -45,6 +49,36 @@ class Exited(ImageError):
         super().__init__(message)
         self.code = code
         self.output = output
+
+
+async def info(image: Image) -> dict[str, Any]:
+    """``qemu-img info`` of one image, opened beside whoever has it open."""
+    answer = await _qemu_img("info", "-U", "--output=json", image_spec((image,)))
+    found: dict[str, Any] = json.loads(answer)
+    return found
+
+
+async def chain_of(file: Path, image_format: str) -> tuple[Image, ...]:
+    """The chain below a file that no guest has open, going by the headers and never by a guess.
+
+    Raises `ImageError` for a layer that cannot be opened, or whose format is nowhere told.
+    """
+    chain: list[Image] = []
+    for _ in range(MOST_LAYERS):
+        image = Image("", image_format, file, _protocol(file), None, 0, 0)
+        chain.append(image)
+        found = await info(image)
+        named = backing_name(file) if image_format == "qcow2" else None
+        if named is None or named.startswith("json:"):
+            break
+        if (below := found.get("backing-filename-format")) is None:
+            raise ImageError(f"{file}: its header does not tell the format of {named}")
+        file, image_format = file.parent / named.removeprefix("file:"), str(below)
+    return tuple(chain)
+
+
+def _protocol(file: Path) -> str:
+    return "host_device" if file.is_block_device() else "file"
 
 
 async def measure(images: tuple[Image, ...], image_format: str, options: str) -> int:
@@ -165,6 +199,33 @@ async def reads_as_zeros(path: Path, image_format: str) -> bool:
     """
     extents = json.loads(await _qemu_img("map", "--output=json", "-f", image_format, str(path)))
     return all(extent["zero"] for extent in extents)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What ``qemu-img check`` found: ``leaks`` are clusters that nothing uses, they cost space
+    only; ``corruptions`` are worse.
+    """
+
+    corruptions: int
+    leaks: int
+
+
+async def check(image: Image) -> Checked | None:
+    """Does an image's metadata add up (``qemu-img check``)? None: the format has no check.
+
+    Nobody may write to it meanwhile. Nothing is repaired. Raises `ImageError`.
+    """
+    try:
+        answer = await _qemu_img("check", "-U", "--output=json", image_spec((image,)))
+    except Exited as error:
+        if error.code == NO_CHECK:
+            return None
+        if error.code not in (CORRUPT, LEAKING):
+            raise
+        answer = error.output
+    found: dict[str, int] = json.loads(answer)
+    return Checked(found.get("corruptions", 0), found.get("leaks", 0))
 
 
 def backing_name(path: Path) -> str | None:
