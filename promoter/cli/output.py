@@ -264,7 +264,7 @@ class PlainOutput:
             rows.append(("guest's I/O stood still", human_seconds(report.switchover_s)))
         rows += _frozen(report.frozen_s)
         if report.way is Way.MIRROR:
-            rows.append(("verified", "yes" if report.verified else "no"))
+            rows.append(("verified", _verified(report)))
         if report.way is Way.SNAPSHOT:
             rows.append(("frozen", escape(str(report.source))))
         for index, file in enumerate(report.kept):
@@ -326,6 +326,12 @@ def _console(*, quiet: bool = False, stderr: bool = False) -> Console:
 def _frozen(seconds: float | None) -> list[tuple[str, str]]:
     """The row that says for how long the guest's file systems were frozen, if they were."""
     return [] if seconds is None else [("file systems frozen", human_seconds(seconds))]
+
+
+def _verified(report: DiskReport) -> str:
+    if report.verified:
+        return f"yes: {human_bytes(report.verified_bytes)} are the same"
+    return f"no: {escape(report.unverified)}" if report.unverified else "no"
 
 
 def describe(progress: Progress) -> str:

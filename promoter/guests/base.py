@@ -134,6 +134,25 @@ class SnapshotSpec:
     frozen: NodeSpec
 
 
+@dataclass(frozen=True)
+class ViewSpec:
+    """A disk as it is at one instant, for others to read.
+
+    ``device`` is the QOM path of what the guest sees the disk by, ``node`` what that has;
+    ``scratch`` the file for what is overwritten.
+    """
+
+    mark: str
+    device: str
+    node: str
+    scratch: Path
+
+    @property
+    def export(self) -> str:
+        """The name by which NBD has it."""
+        return f"{self.mark}-then"
+
+
 class Guest(Protocol):
     """A running guest."""
 
@@ -236,6 +255,24 @@ class PlainGuest(Guest, Protocol):
     async def complete(self, job: str) -> None: ...
 
     async def finalize(self, job: str) -> None: ...
+
+    async def try_to_serve(self, listening: int) -> None:
+        """Could QEMU's NBD server be had? Raises `CommandFailed`."""
+
+    async def prepare_view(self, spec: ViewSpec) -> None:
+        """Open what a view needs."""
+
+    async def take_view(self, spec: ViewSpec) -> None:
+        """Have the view be the disk as it is now; the guest must stand still."""
+
+    async def has_view(self, spec: ViewSpec) -> bool:
+        """Is there a view that was taken?"""
+
+    async def show_view(self, spec: ViewSpec, listening: int) -> None:
+        """Export a view by NBD, on a unix socket that listens. Repeatable."""
+
+    async def end_view(self, spec: ViewSpec) -> None:
+        """Leave nothing of a view. Repeatable."""
 
     def transition_time(self, job: str, status: JobStatus) -> float | None:
         """When the hypervisor says ``job`` entered ``status``: seconds of its clock."""

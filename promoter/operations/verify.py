@@ -1,0 +1,186 @@
+"""Verification: a mirror's old chain and its new disk are proven to show the same bytes.
+
+As of the switchover's instant, and while the guest writes on: it stands still for the switchover,
+and before it goes on a view of its new disk is taken (`promoter.guests.fleecing`). The old chain
+does not change any more, so ``qemu-img compare`` of the two proves that the switchover lost and
+damaged nothing. Until then the old chain is kept, and after a difference for good.
+
+A view that was not taken in a guest that stood still proves nothing: then the verdict says why
+there is none. What a kill leaves of a view is found by its names, and used or removed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from promoter.blockjob import Progress
+from promoter.chain import Image
+from promoter.errors import Different, PromoterError
+from promoter.guests.base import CommandFailed, ConnectionLost, PlainGuest, ViewSpec
+from promoter.operations.move import DiskIntent, Move, Verdict
+from promoter.storage import images
+from promoter.storage.pace import Pace
+
+NOT_TAKEN = "the guest did not stand still at the switchover, or promoter was interrupted in it"
+GONE = "the guest went away before the comparison was done"
+
+
+def view_of(disk: DiskIntent) -> ViewSpec:
+    """What plain QEMU is told of a disk's view."""
+    filtered = disk.root != disk.chain.active.node
+    return ViewSpec(
+        mark=disk.mark,
+        device=disk.key if disk.key.startswith("/") else f"/machine/peripheral/{disk.key}",
+        node=disk.root if filtered else disk.node,
+        scratch=disk.part.with_name(f"{disk.part.name}.scratch"),
+    )
+
+
+async def prepare(guest: PlainGuest, disks: Sequence[DiskIntent]) -> None:
+    """Have all that views need, before the guest stands still. Repeatable.
+
+    Raises `CommandFailed` when this QEMU cannot.
+    """
+    with _listening() as (listening, _):
+        await guest.try_to_serve(listening.fileno())
+    for disk in disks:
+        spec = view_of(disk)
+        await guest.end_view(spec)
+        spec.scratch.unlink(missing_ok=True)
+        await images.create(spec.scratch, "qcow2", "compat=1.1", disk.virtual_size)
+        _give(spec.scratch, disk.names.target)
+        try:
+            await guest.prepare_view(spec)
+        finally:
+            spec.scratch.unlink()  # QEMU has it open; a kill leaves nothing
+
+
+def _give(file: Path, like: Path) -> None:
+    """Who may open the new disk may open this one."""
+    found = like.stat()
+    with suppress(PermissionError):
+        os.chown(file, found.st_uid, found.st_gid)
+    file.chmod(found.st_mode & 0o777)
+
+
+async def take(guest: PlainGuest, disks: Sequence[DiskIntent]) -> bool:
+    """Take the views of disks that have just switched; did the guest stand still until then?"""
+    try:
+        for disk in disks:
+            await guest.take_view(view_of(disk))
+    except CommandFailed:
+        return False
+    return await guest.status() != "running"
+
+
+async def end(guest: PlainGuest, disks: Sequence[DiskIntent]) -> None:
+    """Leave nothing of the disks' views."""
+    for disk in disks:
+        await guest.end_view(view_of(disk))
+
+
+async def verify(
+    guest: PlainGuest | None, disk: DiskIntent, pace: Pace, report: Callable[[Progress], None]
+) -> Verdict:
+    """Compare; the verdict. Raises `ConnectionLost` when the guest goes away meanwhile."""
+    if guest is None:
+        return Verdict(unproven=GONE)
+    try:
+        if not (disk.viewed and await guest.has_view(view_of(disk))):
+            verdict = Verdict(unproven=NOT_TAKEN if not disk.viewed else GONE)
+        else:
+            verdict = await _compare(guest, disk, pace, report)
+        await guest.end_view(view_of(disk))
+    except ConnectionLost:
+        raise
+    except PromoterError as error:
+        verdict = Verdict(unproven=error.message)
+        with suppress(CommandFailed):
+            await guest.end_view(view_of(disk))
+    return verdict
+
+
+async def _compare(
+    guest: PlainGuest, disk: DiskIntent, pace: Pace, report: Callable[[Progress], None]
+) -> Verdict:
+    spec = view_of(disk)
+    began = time.monotonic()
+
+    def tell(percent: float) -> None:
+        done = int(disk.virtual_size * percent / 100)
+        report(Progress(done, disk.virtual_size, time.monotonic() - began))
+
+    with _listening() as (listening, path):
+        await guest.show_view(spec, listening.fileno())
+        comparing = images.compare(old_chain(disk), images.nbd(path, spec.export), pace, tell)
+        found = await _while_there(guest, comparing)
+    return Verdict(difference=found) if found else Verdict(same=disk.virtual_size)
+
+
+async def _while_there(guest: PlainGuest, comparing: Coroutine[None, None, str]) -> str:
+    """Given up when the guest goes away."""
+    working = asyncio.create_task(comparing, name="compare")
+    gone = asyncio.create_task(guest.gone(), name="guest gone")
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if gone.done():
+            raise ConnectionLost(f"{guest.name}: the monitor closed")
+        return working.result()
+    finally:
+        working.cancel()
+        gone.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
+def old_chain(disk: DiskIntent) -> tuple[Image, ...]:
+    """The layers that the disk had, by the names that they have since the switchover."""
+    active, *below = disk.chain.images
+    return (replace(active, file=disk.names.aside), *below)
+
+
+def cost(chain: Sequence[Image]) -> int:
+    """The bytes that a comparison reads at most: the old chain's, and as much of the new disk."""
+    return 2 * min(sum(image.allocated for image in chain), chain[0].virtual_size)
+
+
+@contextmanager
+def _listening() -> Iterator[tuple[socket.socket, Path]]:
+    """A socket that only we can find. QEMU gets it opened, whoever it runs as."""
+    with (
+        tempfile.TemporaryDirectory(prefix="promoter-", dir="/tmp") as directory,
+        socket.socket(socket.AF_UNIX) as listening,
+    ):
+        path = Path(directory) / "nbd"
+        listening.bind(str(path))
+        listening.listen(1)
+        yield listening, path
+
+
+def difference_of(intent: Move) -> Different | None:
+    """The error of disks that are not what they were."""
+    verdicts = [(disk, disk.verdict) for disk in intent.disks if disk.verdict]
+    found = [(disk, verdict.difference) for disk, verdict in verdicts if verdict.difference]
+    if not found:
+        return None
+    return Different(
+        "; ".join(f"{disk.name}: verification: {difference}" for disk, difference in found),
+        "The guest stays on its new disk, which has its writes since the switchover: "
+        + ", ".join(f"{_new(disk)}; its old one as of then is {_old(disk)}" for disk, _ in found)
+        + ". Nothing is removed. Save both before the guest is stopped.",
+    )
+
+
+def _new(disk: DiskIntent) -> Path:
+    return disk.names.path if disk.names.in_place else disk.names.target
+
+
+def _old(disk: DiskIntent) -> Path:
+    return disk.names.aside

@@ -1,0 +1,180 @@
+"""``--verify``: old chain and new disk are proven the same, on guests that write on meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests import records
+from tests.cli import ended, promoter, start
+from tests.vm import VM, Disk, base, linked_clone, qemu_img
+
+
+def nodes(vm: VM) -> set[str]:
+    return {str(node["node-name"]) for node in vm.qmp("query-named-block-nodes", flat=True)}
+
+
+def prove_gone(vm: VM, directory: Path) -> None:
+    """Nothing is left of the view but the disk that has switched."""
+    assert not [node for node in nodes(vm) if node.endswith(("-then", "-save", "-before"))]
+    assert vm.qmp("query-block-exports") == []
+    assert not list(directory.glob("*.scratch"))
+
+
+@pytest.mark.parametrize("qemu", ["system", "newer", "newest"], indirect=True)
+def test_a_promotion_is_verified_while_the_guest_writes(tmp_path: Path, qemu: str) -> None:
+    clone = linked_clone(base(), tmp_path / "clone.qcow2")
+    with VM(tmp_path, [Disk(clone)], writer={"rate": 0}) as vm:
+        vm.wait_for_acks(100)
+        words = ["promote", vm.monitor, "--verify", "--old", "delete", "--json"]
+        promoted = promoter(tmp_path / "state", *words)
+        assert promoted.code == 0, promoted.out
+        (disk,) = promoted.result["disks"]
+        size = json.loads(qemu_img("info", "-U", "--output=json", clone))["virtual-size"]
+        assert (disk["verified"], disk["verified_bytes"]) == (True, size)
+        assert disk["unverified"] is None
+        assert disk["old"] is None
+        assert disk["switchover_s"] < 1
+        assert any(event.get("phase") == "verify" for event in promoted.lines)
+        prove_gone(vm, tmp_path)
+        vm.wait_for_acks(100)
+        vm.kill()
+        report = records.check(clone, None, vm.log)
+        report.raise_if_bad()
+        vm.start()
+        vm.wait_for_acks(20)
+
+
+def plant(target: Path, image_format: str) -> int:
+    """Change a byte that the guest does not write to, behind QEMU's back; where, for the guest."""
+    extents = json.loads(qemu_img("map", "-U", "--output=json", "-f", image_format, target))
+    extent = next(e for e in extents if e["data"] and not e["zero"] and "offset" in e)
+    with target.open("r+b") as file:
+        file.seek(extent["offset"])
+        (byte,) = file.read(1)
+        file.seek(extent["offset"])
+        file.write(bytes([byte ^ 0xFF]))
+    return int(extent["start"])
+
+
+def test_a_difference_ends_with_exit_code_8_and_both_disks(tmp_path: Path) -> None:
+    clone = linked_clone(base(), tmp_path / "clone.qcow2")
+    state = tmp_path / "state"
+    target = tmp_path / "target.qcow2"
+    with VM(tmp_path, [Disk(clone)], writer={"rate": 0}) as vm:
+        vm.wait_for_acks(100)
+        words = ["--target", target, "--verify", "--old", "delete", "--json"]
+        command = ["before PREPARE", "hang", vm.pid, "promote", vm.monitor, *words]
+        struck = start(state, *command, module="tests.struck")
+        os.waitid(os.P_PID, struck.pid, os.WSTOPPED | os.WNOWAIT)
+        where = plant(target, "qcow2")
+        os.kill(struck.pid, signal.SIGCONT)
+        promoted = ended(struck)
+        assert promoted.code == 8, promoted.out
+        told = promoted.result
+        assert told["error"] == "Different"
+        assert f"at offset {where}" in told["message"]
+        (old,) = tmp_path.glob("clone.qcow2.aside-*")
+        assert str(old) in told["hint"]
+        assert str(target) in told["hint"]
+        prove_gone(vm, tmp_path)
+        assert vm.files() == [str(target)]
+        vm.wait_for_acks(100)
+        vm.kill()
+    records.check(target, None, vm.log).raise_if_bad()
+    assert "backing file" in qemu_img("info", old)
+    assert promoter(state, "job", "list", "--json").result["status"] == "failed"
+
+
+@pytest.mark.parametrize("at", ["begun", "compared"])
+def test_a_promoter_that_is_killed_in_a_verification_is_finished_by_resume(
+    tmp_path: Path, at: str
+) -> None:
+    clone = linked_clone(base(), tmp_path / "clone.qcow2")
+    state = tmp_path / "state"
+    with VM(tmp_path, [Disk(clone)], writer={"rate": 0}) as vm:
+        vm.wait_for_acks(100)
+        command = [at, "promoter", vm.pid, "promote", vm.monitor, "--verify", "--json"]
+        struck = ended(start(state, *command, module="tests.struck"))
+        assert struck.code == -signal.SIGKILL
+        assert list(vm.qmp("query-block-exports"))
+        vm.wait_for_acks(40)
+        resumed = promoter(state, "job", "resume", "--json")
+        assert resumed.code == 0, resumed.out
+        (disk,) = resumed.result["disks"]
+        assert disk["verified"]
+        prove_gone(vm, tmp_path)
+        vm.wait_for_acks(40)
+        vm.kill()
+        records.check(clone, None, vm.log).raise_if_bad()
+    assert "backing file" not in qemu_img("info", clone)
+
+
+@pytest.mark.parametrize("point", ["viewed", "view prepared"])
+def test_a_view_that_nobody_vouches_for_is_no_proof(tmp_path: Path, point: str) -> None:
+    """promoter is killed while the guest stands still for its view."""
+    clone = linked_clone(base(), tmp_path / "clone.qcow2")
+    state = tmp_path / "state"
+    with VM(tmp_path, [Disk(clone)], writer={"rate": 0}) as vm:
+        vm.wait_for_acks(100)
+        words = ["--verify", "--old", "delete", "--json"]
+        command = [point, "promoter", vm.pid, "promote", vm.monitor, *words]
+        assert ended(start(state, *command, module="tests.struck")).code == -signal.SIGKILL
+        vm.wait_for_acks(40)
+        resumed = promoter(state, "job", "resume", "--json")
+        assert resumed.code == 0, resumed.out
+        (disk,) = resumed.result["disks"]
+        if point == "viewed":
+            assert not disk["verified"]
+            assert "interrupted" in disk["unverified"]
+            assert Path(disk["old"]).exists(), "what is not proven is not let go"
+        else:
+            assert disk["verified"]
+        prove_gone(vm, tmp_path)
+        vm.wait_for_acks(40)
+        vm.kill()
+        records.check(clone, None, vm.log).raise_if_bad()
+
+
+@pytest.mark.parametrize("point", ["begun", "viewed"])
+def test_a_qemu_that_dies_in_a_verification_leaves_one_true_disk(
+    tmp_path: Path, point: str
+) -> None:
+    clone = linked_clone(base(), tmp_path / "clone.qcow2")
+    state = tmp_path / "state"
+    with VM(tmp_path, [Disk(clone)], writer={"rate": 0}) as vm:
+        vm.wait_for_acks(100)
+        command = [point, "qemu", vm.pid, "promote", vm.monitor, "--verify", "--json"]
+        struck = ended(start(state, *command, module="tests.struck"))
+        assert struck.code == 0, struck.out
+        (disk,) = struck.result["disks"]
+        assert not disk["verified"]
+        assert "went away" in disk["unverified"] or "interrupted" in disk["unverified"]
+        vm.wait()
+        vm.start()
+        vm.wait_for_acks(20)
+        vm.kill()
+        records.check(clone, None, vm.log).raise_if_bad()
+    assert "backing file" not in qemu_img("info", clone)
+
+
+def test_who_else_uses_the_nbd_server_keeps_it_and_the_guest_its_chain(tmp_path: Path) -> None:
+    clone = linked_clone(base(), tmp_path / "clone.qcow2")
+    state = tmp_path / "state"
+    with VM(tmp_path, [Disk(clone)], writer={"rate": 0}) as vm:
+        vm.wait_for_acks(20)
+        address = {"type": "unix", "data": {"path": str(vm.monitor.with_name("nbd.sock"))}}
+        vm.qmp("nbd-server-start", addr=address)
+        promoted = promoter(state, "promote", vm.monitor, "--verify", "--json")
+        assert promoted.code == 6, promoted.out
+        assert "NBD server already running" in promoted.result["message"]
+        assert vm.files() == [str(clone)]
+        assert [path.name for path in tmp_path.glob("clone*")] == ["clone.qcow2"]
+        vm.wait_for_acks(20)
+        vm.kill()
+        records.check(clone, None, vm.log).raise_if_bad()
+    assert "backing file" in qemu_img("info", clone)
