@@ -11,6 +11,8 @@ import pytest
 
 from tests import records
 from tests.cli import ended, promoter, start
+from tests.domains import Libvirtd
+from tests.test_libvirt import Case
 from tests.vm import VM, Disk, base, linked_clone, qemu_img
 
 
@@ -51,7 +53,9 @@ def test_a_promotion_is_verified_while_the_guest_writes(tmp_path: Path, qemu: st
 
 def plant(target: Path, image_format: str) -> int:
     """Change a byte that the guest does not write to, behind QEMU's back; where, for the guest."""
-    extents = json.loads(qemu_img("map", "-U", "--output=json", "-f", image_format, target))
+    opened = {"driver": "file", "filename": str(target), "locking": "off"}
+    image = "json:" + json.dumps({"driver": image_format, "file": opened})
+    extents = json.loads(qemu_img("map", "--output=json", image))
     extent = next(e for e in extents if e["data"] and not e["zero"] and "offset" in e)
     with target.open("r+b") as file:
         file.seek(extent["offset"])
@@ -178,3 +182,52 @@ def test_who_else_uses_the_nbd_server_keeps_it_and_the_guest_its_chain(tmp_path:
         vm.kill()
         records.check(clone, None, vm.log).raise_if_bad()
     assert "backing file" in qemu_img("info", clone)
+
+
+def test_a_domains_promotion_is_verified_while_it_writes(
+    libvirtd: Libvirtd, tmp_path: Path
+) -> None:
+    case = Case(libvirtd, tmp_path)
+    with case.domain as domain:
+        domain.wait_for_acks(60)
+        promoted = promoter(case.state, "promote", *domain.address, "--verify", "--json")
+        assert promoted.code == 0, promoted.out
+        (disk,) = promoted.result["disks"]
+        assert disk["verified"], disk
+        assert disk["verified_bytes"] > 0
+        assert any(event.get("phase") == "verify" for event in promoted.lines)
+        case.prove(promoted=True)
+
+
+@pytest.mark.nightly
+def test_a_difference_in_a_domain_is_found(libvirtd: Libvirtd, tmp_path: Path) -> None:
+    case = Case(libvirtd, tmp_path)
+    with case.domain as domain:
+        domain.wait_for_acks(60)
+        struck = case.strike("before PREPARE", "hang", "--verify")
+        os.waitid(os.P_PID, struck.pid, os.WSTOPPED | os.WNOWAIT)
+        (target,) = tmp_path.glob("*.promoted-*")
+        where = plant(target, "qcow2")
+        os.kill(struck.pid, signal.SIGCONT)
+        promoted = ended(struck)
+        assert promoted.code == 8, promoted.out
+        assert f"at offset {where}" in promoted.result["message"]
+        case.prove(promoted=True)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("whom", ["promoter", "libvirtd"])
+def test_whoever_is_killed_in_a_domains_verification_it_is_finished(
+    libvirtd: Libvirtd, tmp_path: Path, whom: str
+) -> None:
+    case = Case(libvirtd, tmp_path)
+    with case.domain as domain:
+        domain.wait_for_acks(60)
+        struck = case.strike("domain compared", whom, "--verify")
+        ended(struck)
+        assert struck.returncode == -signal.SIGKILL
+        resumed = case.resume()
+        assert resumed.code == 0, resumed.out
+        (disk,) = resumed.result["disks"]
+        assert disk["verified"], disk
+        case.prove(promoted=True)

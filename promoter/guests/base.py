@@ -305,6 +305,17 @@ class Domain(Guest, Protocol):
         (``virDomainDefineXML``).
         """
 
+    async def begin_view(self, disks: Mapping[str, Path]) -> None:
+        """Have views be the disks as they are now; what is overwritten goes to these files, by
+        disk, which libvirt makes and removes (``virDomainBackupBegin``).
+        """
+
+    async def view(self, scratch: Path) -> Path | None:
+        """Where the views are served, one of which has this file; each has its disk's name."""
+
+    async def end_view(self) -> None:
+        """End the views."""
+
     async def has_volume(self, file: Path) -> bool:
         """Is there such a file in a pool that libvirt knows? Of others nothing can be said."""
 

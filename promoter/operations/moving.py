@@ -464,7 +464,7 @@ class MoveOperation:
                 await self._verify(index, disk)
             case Do.DETACH:
                 if self.intent.choices.verify:
-                    await verify.end(self._plain, [disk])
+                    await verify.end(self._plain, disk)
                 await self._plain.detach(disk.node)
             case _:
                 raise AssertionError(do)
@@ -638,7 +638,13 @@ class MoveOperation:
         if domain := self.intent.domain:
             running = self.intent.stopped
             work = Work(domain, running, pivot=definitions(ready), settle=longest)
-            return (await self._while_suspended(work)).pause
+            if self.intent.choices.verify:
+                scratch = {disk.name: verify.view_of(disk).scratch for disk in ready}
+                work = replace(work, view=scratch)
+            done = await self._while_suspended(work)
+            if self.intent.choices.verify:
+                self._note_views(ready, done.unviewed)
+            return done.pause
         if longest is not None:
             how = (self._plain, ready, self._lock_fd)
             return await switch_over_standing(*how, pause=longest)
@@ -649,31 +655,36 @@ class MoveOperation:
 
     async def _switch_over_viewed(self, ready: list[DiskIntent]) -> float:
         """Switch over, and take views of the new disks before the guest goes on."""
-        stood = False
+        why_not = ""
 
         async def take() -> None:
-            nonlocal stood
-            stood = await verify.take(self._plain, ready)
+            nonlocal why_not
+            why_not = await verify.take(self._plain, ready)
 
         how = (self._plain, ready, self._lock_fd)
         pause = await switch_over_standing(*how, before_it_goes_on=take)
-        if stood:
-            disks = [replace(disk, viewed=disk in ready) for disk in self.intent.disks]
-            self._save(replace(self.intent, disks=tuple(disks)))
+        self._note_views(ready, why_not)
         return pause
+
+    def _note_views(self, ready: list[DiskIntent], why_not: str) -> None:
+        disks = [verify.taken(d, why_not) if d in ready else d for d in self.intent.disks]
+        self._save(replace(self.intent, disks=tuple(disks)))
 
     async def _verify(self, index: int, disk: DiskIntent) -> None:
         """Prove that the old chain and the new disk are the same, or say why not."""
         if self.intent.failure is Failure.CANCELLED:
             verdict = Verdict(unproven="it was cancelled")
-            if self._guest:
-                await verify.end(self._plain, [disk])
+        elif not self._seen.alive:
+            verdict = Verdict(unproven=verify.GONE)
         else:
             pace = self._paces[disk.node] = Pace(self.intent.choices.speed)
-            guest = self._plain if self._guest else None
             report = partial(self._on_progress, disk.name, "verify")
-            verdict = await verify.verify(guest, disk, pace, report)
+            verdict = await verify.verify(self._alive, disk, pace, report)
         self._save(self.intent.with_disk(index, replace(disk, verdict=verdict)))
+
+    async def _end_views(self) -> None:
+        for disk in self.intent.disks if self.intent.choices.verify and self._seen.alive else ():
+            await verify.end(self._alive, disk)
 
     async def _snapshot(self) -> None:
         """Put all the disks' overlays above them in one short pause."""
@@ -820,6 +831,7 @@ class MoveOperation:
 
     async def _tidy(self) -> None:
         """After the switch: close the old nodes, remove the names that were only on the way."""
+        await self._end_views()
         for disk in self.intent.disks:
             if self._guest and not self.intent.domain:
                 await self._drop_old_nodes(disk)

@@ -1,7 +1,8 @@
 """Verification: a mirror's old chain and its new disk are proven to show the same bytes.
 
 As of the switchover's instant, and while the guest writes on: it stands still for the switchover,
-and before it goes on a view of its new disk is taken (`promoter.guests.fleecing`). The old chain
+and before it goes on a view of its new disk is taken (`promoter.guests.fleecing`; of a domain,
+libvirt's backup in pull mode, which nobody else can have meanwhile). The old chain
 does not change any more, so ``qemu-img compare`` of the two proves that the switchover lost and
 damaged nothing. Until then the old chain is kept, and after a difference for good.
 
@@ -16,15 +17,15 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from promoter.blockjob import Progress
 from promoter.chain import Image
 from promoter.errors import Different, PromoterError
-from promoter.guests.base import CommandFailed, ConnectionLost, PlainGuest, ViewSpec
+from promoter.guests.base import CommandFailed, ConnectionLost, Domain, Guest, PlainGuest, ViewSpec
 from promoter.operations.move import DiskIntent, Move, Verdict
 from promoter.storage import images
 from promoter.storage.pace import Pace
@@ -71,61 +72,77 @@ def _give(file: Path, like: Path) -> None:
     file.chmod(found.st_mode & 0o777)
 
 
-async def take(guest: PlainGuest, disks: Sequence[DiskIntent]) -> bool:
-    """Take the views of disks that have just switched; did the guest stand still until then?"""
+async def take(guest: PlainGuest, disks: Sequence[DiskIntent]) -> str:
+    """Take the views of disks that have just switched; why that proves nothing, if it does not."""
     try:
         for disk in disks:
             await guest.take_view(view_of(disk))
-    except CommandFailed:
-        return False
-    return await guest.status() != "running"
+    except CommandFailed as error:
+        return error.message
+    return "somebody continued the guest" if await guest.status() == "running" else ""
 
 
-async def end(guest: PlainGuest, disks: Sequence[DiskIntent]) -> None:
-    """Leave nothing of the disks' views."""
-    for disk in disks:
+def taken(disk: DiskIntent, why_not: str) -> DiskIntent:
+    """The disk after that."""
+    if why_not:
+        return replace(disk, verdict=Verdict(unproven=why_not))
+    return replace(disk, viewed=True)
+
+
+async def end(guest: Guest, disk: DiskIntent) -> None:
+    """Leave nothing of the disk's view; a domain's are ended together."""
+    if isinstance(guest, PlainGuest):
         await guest.end_view(view_of(disk))
+    if isinstance(guest, Domain) and await guest.view(view_of(disk).scratch):
+        await guest.end_view()
 
 
 async def verify(
-    guest: PlainGuest | None, disk: DiskIntent, pace: Pace, report: Callable[[Progress], None]
+    guest: Guest, disk: DiskIntent, pace: Pace, report: Callable[[Progress], None]
 ) -> Verdict:
     """Compare; the verdict. Raises `ConnectionLost` when the guest goes away meanwhile."""
-    if guest is None:
-        return Verdict(unproven=GONE)
+    if not disk.viewed:
+        return Verdict(unproven=NOT_TAKEN)
     try:
-        if not (disk.viewed and await guest.has_view(view_of(disk))):
-            verdict = Verdict(unproven=NOT_TAKEN if not disk.viewed else GONE)
-        else:
-            verdict = await _compare(guest, disk, pace, report)
-        await guest.end_view(view_of(disk))
+        async with _shown(guest, disk) as view:
+            if view is None:
+                return Verdict(unproven=GONE)
+            return await _compare(guest, disk, view, pace, report)
     except ConnectionLost:
         raise
     except PromoterError as error:
-        verdict = Verdict(unproven=error.message)
-        with suppress(CommandFailed):
-            await guest.end_view(view_of(disk))
-    return verdict
+        return Verdict(unproven=error.message)
+
+
+@asynccontextmanager
+async def _shown(guest: Guest, disk: DiskIntent) -> AsyncIterator[str | None]:
+    """The disk's view, as qemu-img is told of it; None when there is none."""
+    spec = view_of(disk)
+    if isinstance(guest, Domain):
+        served = await guest.view(spec.scratch)
+        yield images.nbd(served, disk.name) if served else None
+    elif isinstance(guest, PlainGuest) and await guest.has_view(spec):
+        with _listening() as (listening, path):
+            await guest.show_view(spec, listening.fileno())
+            yield images.nbd(path, spec.export)
+    else:
+        yield None
 
 
 async def _compare(
-    guest: PlainGuest, disk: DiskIntent, pace: Pace, report: Callable[[Progress], None]
+    guest: Guest, disk: DiskIntent, view: str, pace: Pace, report: Callable[[Progress], None]
 ) -> Verdict:
-    spec = view_of(disk)
     began = time.monotonic()
 
     def tell(percent: float) -> None:
         done = int(disk.virtual_size * percent / 100)
         report(Progress(done, disk.virtual_size, time.monotonic() - began))
 
-    with _listening() as (listening, path):
-        await guest.show_view(spec, listening.fileno())
-        comparing = images.compare(old_chain(disk), images.nbd(path, spec.export), pace, tell)
-        found = await _while_there(guest, comparing)
+    found = await _while_there(guest, images.compare(old_chain(disk), view, pace, tell))
     return Verdict(difference=found) if found else Verdict(same=disk.virtual_size)
 
 
-async def _while_there(guest: PlainGuest, comparing: Coroutine[None, None, str]) -> str:
+async def _while_there(guest: Guest, comparing: Coroutine[None, None, str]) -> str:
     """Given up when the guest goes away."""
     working = asyncio.create_task(comparing, name="compare")
     gone = asyncio.create_task(guest.gone(), name="guest gone")
