@@ -13,7 +13,7 @@ from tests import records
 from tests.cli import ended, promoter, start
 from tests.domains import Libvirtd
 from tests.test_libvirt import Case
-from tests.vm import VM, Disk, base, linked_clone, qemu_img
+from tests.vm import MIB, VM, Disk, base, blank, chain, linked_clone, qemu_img
 
 
 def nodes(vm: VM) -> set[str]:
@@ -216,18 +216,52 @@ def test_a_difference_in_a_domain_is_found(libvirtd: Libvirtd, tmp_path: Path) -
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("whom", ["promoter", "libvirtd"])
+@pytest.mark.parametrize("whom", ["promoter", "both"])
 def test_whoever_is_killed_in_a_domains_verification_it_is_finished(
     libvirtd: Libvirtd, tmp_path: Path, whom: str
 ) -> None:
     case = Case(libvirtd, tmp_path)
     with case.domain as domain:
         domain.wait_for_acks(60)
-        struck = case.strike("domain compared", whom, "--verify")
-        ended(struck)
-        assert struck.returncode == -signal.SIGKILL
+        assert ended(case.strike("compared", whom, "--verify")).code == -signal.SIGKILL
+        if whom == "both":
+            libvirtd.restart()
         resumed = case.resume()
         assert resumed.code == 0, resumed.out
         (disk,) = resumed.result["disks"]
         assert disk["verified"], disk
         case.prove(promoted=True)
+
+
+def test_a_guest_with_iothreads_is_refused_in_the_plan(tmp_path: Path) -> None:
+    clone = linked_clone(base(), tmp_path / "clone.qcow2")
+    with VM(tmp_path, [Disk(clone, iothread=True)], writer={"rate": 0}) as vm:
+        vm.wait_for_acks(20)
+        refused = promoter(tmp_path / "state", "promote", vm.monitor, "--verify", "--json")
+        assert refused.code == 4, refused.out
+        assert "iothread" in refused.result["message"]
+        assert "--verify" in refused.result["hint"]
+        assert vm.files() == [str(clone)]
+        vm.wait_for_acks(20)
+
+
+def test_two_disks_one_of_them_throttled_are_verified_beside_what_they_share(
+    tmp_path: Path,
+) -> None:
+    """consolidate --beside, with a rate limit on the comparison."""
+    layers = chain(tmp_path, 3)
+    data = linked_clone(blank(tmp_path / "data.qcow2", 64 * MIB), tmp_path / "middle.qcow2")
+    top = linked_clone(data, tmp_path / "top.qcow2")
+    with VM(tmp_path, [Disk(layers[-1]), Disk(top, iops=500)], writer={"rate": 0}) as vm:
+        vm.wait_for_acks(60)
+        state = tmp_path / "state"
+        words = ["consolidate", vm.monitor, "--beside", "--verify", "--json"]
+        plan = promoter(state, *words, "--dry-run").result
+        assert all(disk["verify_bytes"] > 0 for disk in plan["disks"])
+        done = promoter(state, *words, "--speed", "200M")
+        assert done.code == 0, done.out
+        assert [disk["verified"] for disk in done.result["disks"]] == [True, True]
+        prove_gone(vm, tmp_path)
+        vm.wait_for_acks(60)
+        vm.kill()
+    records.check(layers[-1], None, vm.log).raise_if_bad()

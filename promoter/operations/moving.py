@@ -681,6 +681,8 @@ class MoveOperation:
             report = partial(self._on_progress, disk.name, "verify")
             verdict = await verify.verify(self._alive, disk, pace, report)
         self._save(self.intent.with_disk(index, replace(disk, verdict=verdict)))
+        if all(other.verdict for other in self.intent.disks if other.viewed):
+            await self._end_views()
 
     async def _end_views(self) -> None:
         for disk in self.intent.disks if self.intent.choices.verify and self._seen.alive else ():

@@ -163,9 +163,10 @@ def old_chain(disk: DiskIntent) -> tuple[Image, ...]:
     return (replace(active, file=disk.names.aside), *below)
 
 
-def cost(chain: Sequence[Image]) -> int:
+def cost(disk: DiskIntent) -> int:
     """The bytes that a comparison reads at most: the old chain's, and as much of the new disk."""
-    return 2 * min(sum(image.allocated for image in chain), chain[0].virtual_size)
+    allocated = sum(image.allocated for image in disk.chain)
+    return 2 * min(allocated, disk.virtual_size)
 
 
 @contextmanager
