@@ -139,18 +139,24 @@ class ViewSpec:
     """A disk as it is at one instant, for others to read.
 
     ``device`` is the QOM path of what the guest sees the disk by, ``node`` what that has;
-    ``scratch`` the file for what is overwritten.
+    ``scratch`` the file for what is overwritten. ``layered``: other layers lie below the node.
     """
 
     mark: str
     device: str
     node: str
     scratch: Path
+    layered: bool = False
 
     @property
     def export(self) -> str:
         """The name by which NBD has it."""
         return f"{self.mark}-then"
+
+    @property
+    def whole(self) -> str:
+        """The name by which NBD has it with all that lies below the node."""
+        return f"{self.mark}-before" if self.layered else self.export
 
 
 class Guest(Protocol):

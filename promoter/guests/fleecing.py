@@ -3,6 +3,9 @@
 A ``copy-before-write`` filter between the device and its disk saves what the guest is about to
 overwrite into a scratch image; ``snapshot-access`` shows the disk as it was, over NBD. A scratch
 image that is full or slow ends the view, never a write of the guest's (``break-snapshot``).
+``snapshot-access`` says of what lies below the disk's node that it is not allocated, which is
+zero to who asks. So a layered disk is shown by the scratch image, with the node as its backing
+file; but only ``snapshot-access`` fails once the view has ended, so that one is asked afterwards.
 Source: QAPI ``copy-before-write``, ``snapshot-access``, ``nbd-server-start``, ``block-export-add``;
 QEMU's iotest ``image-fleecing``.
 """
@@ -22,18 +25,16 @@ Send = Callable[[int], None]
 
 
 async def prepare(execute: Execute, spec: ViewSpec) -> None:
-    """Open the scratch image."""
-    await execute(
-        "blockdev-add",
-        driver="qcow2",
-        node_name=_scratch(spec),
-        file={"driver": "file", "filename": str(spec.scratch)},
-        discard="unmap",
-    )
+    """Open the scratch image's file."""
+    await execute("blockdev-add", driver="file", node_name=_file(spec), filename=str(spec.scratch))
 
 
 async def take(execute: Execute, spec: ViewSpec) -> None:
     """Have it be the disk as it is now. The guest must stand still."""
+    backing = {"backing": spec.node} if spec.layered else {}
+    await execute(
+        "blockdev-add", driver="qcow2", node_name=_scratch(spec), file=_file(spec), **backing
+    )
     await execute(
         "blockdev-add",
         driver="copy-before-write",
@@ -73,9 +74,8 @@ async def show(execute: Execute, send: Send, spec: ViewSpec, listening: int) -> 
         "blockdev-add", driver="snapshot-access", node_name=spec.export, file=_filter(spec)
     )
     await serve(execute, send, listening)
-    await execute(
-        "block-export-add", type="nbd", id=spec.export, node_name=spec.export, name=spec.export
-    )
+    for name in {spec.export, spec.whole}:
+        await execute("block-export-add", type="nbd", id=name, node_name=name, name=name)
 
 
 async def end(execute: Execute, spec: ViewSpec) -> None:
@@ -86,13 +86,15 @@ async def end(execute: Execute, spec: ViewSpec) -> None:
         if await _has_filter(execute, spec):
             await execute("qom-set", path=spec.device, property="drive", value=spec.node)
         await execute("blockdev-del", node_name=_filter(spec))
-    if _scratch(spec) in nodes:
-        await execute("blockdev-del", node_name=_scratch(spec))
+    for name in (_scratch(spec), _file(spec)):
+        if name in nodes:
+            await execute("blockdev-del", node_name=name)
 
 
 async def _hide(execute: Execute, spec: ViewSpec) -> None:
+    operation, _, _ = spec.mark.rpartition("-")  # whose other disks have views too
     exports = await execute("query-block-exports")
-    if any(export["id"] == spec.export for export in exports):
+    if any(export["id"].startswith(f"{operation}-") for export in exports):
         await execute("nbd-server-stop")
     if spec.export in await _nodes(execute):
         await execute("blockdev-del", node_name=spec.export)
@@ -110,6 +112,10 @@ async def _nodes(execute: Execute) -> set[str]:
 
 def _scratch(spec: ViewSpec) -> str:
     return f"{spec.mark}-before"
+
+
+def _file(spec: ViewSpec) -> str:
+    return f"{spec.mark}-room"
 
 
 def _filter(spec: ViewSpec) -> str:

@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequen
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from promoter.blockjob import Progress
 from promoter.chain import Image
@@ -30,6 +31,7 @@ from promoter.operations.move import DiskIntent, Move, Verdict
 from promoter.storage import images
 from promoter.storage.pace import Pace
 
+T = TypeVar("T")
 NOT_TAKEN = "the guest did not stand still at the switchover, or promoter was interrupted in it"
 GONE = "the guest went away before the comparison was done"
 
@@ -42,6 +44,7 @@ def view_of(disk: DiskIntent) -> ViewSpec:
         device=disk.key if disk.key.startswith("/") else f"/machine/peripheral/{disk.key}",
         node=disk.root if filtered else disk.node,
         scratch=disk.part.with_name(f"{disk.part.name}.scratch"),
+        layered=disk.kept > 0,
     )
 
 
@@ -115,22 +118,28 @@ async def verify(
 
 
 @asynccontextmanager
-async def _shown(guest: Guest, disk: DiskIntent) -> AsyncIterator[str | None]:
-    """The disk's view, as qemu-img is told of it; None when there is none."""
+async def _shown(guest: Guest, disk: DiskIntent) -> AsyncIterator[tuple[str, str] | None]:
+    """The disk's view, as qemu-img is told of it, and what of it is there only as long as the view
+    has not ended; None when there is none.
+    """
     spec = view_of(disk)
     if isinstance(guest, Domain):
         served = await guest.view(spec.scratch)
-        yield images.nbd(served, disk.name) if served else None
+        yield (images.nbd(served, disk.name),) * 2 if served else None
     elif isinstance(guest, PlainGuest) and await guest.has_view(spec):
         with _listening() as (listening, path):
             await guest.show_view(spec, listening.fileno())
-            yield images.nbd(path, spec.export)
+            yield images.nbd(path, spec.whole), images.nbd(path, spec.export)
     else:
         yield None
 
 
 async def _compare(
-    guest: Guest, disk: DiskIntent, view: str, pace: Pace, report: Callable[[Progress], None]
+    guest: Guest,
+    disk: DiskIntent,
+    view: tuple[str, str],
+    pace: Pace,
+    report: Callable[[Progress], None],
 ) -> Verdict:
     began = time.monotonic()
 
@@ -138,13 +147,15 @@ async def _compare(
         done = int(disk.virtual_size * percent / 100)
         report(Progress(done, disk.virtual_size, time.monotonic() - began))
 
-    found = await _while_there(guest, images.compare(old_chain(disk), view, pace, tell))
+    whole, sure = view
+    found = await _while_there(guest, images.compare(old_chain(disk), whole, pace, tell))
+    await _while_there(guest, images.read_a_little(sure))
     return Verdict(difference=found) if found else Verdict(same=disk.virtual_size)
 
 
-async def _while_there(guest: Guest, comparing: Coroutine[None, None, str]) -> str:
+async def _while_there(guest: Guest, work: Coroutine[None, None, T]) -> T:
     """Given up when the guest goes away."""
-    working = asyncio.create_task(comparing, name="compare")
+    working = asyncio.create_task(work, name="compare")
     gone = asyncio.create_task(guest.gone(), name="guest gone")
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)

@@ -177,6 +177,11 @@ async def compare(
     )
 
 
+async def read_a_little(image: str) -> None:
+    """Can an image be read, one that qemu-img is told of? Raises `ImageError`."""
+    await _qemu_img("bench", "-c", "1", "-d", "1", "-s", "512", image)
+
+
 async def _compare(*arguments: str, **how: Any) -> str:
     try:
         await _qemu_img("compare", "-U", *arguments, **how)
