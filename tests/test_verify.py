@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tests import records
 from tests.cli import ended, promoter, start
 from tests.domains import Libvirtd
 from tests.test_libvirt import Case
-from tests.vm import MIB, VM, Disk, base, blank, chain, linked_clone, qemu_img
+from tests.vm import MIB, VM, Disk, base, blank, chain, file_system, linked_clone, qemu_img
 
 
 def nodes(vm: VM) -> set[str]:
@@ -27,7 +28,10 @@ def prove_gone(vm: VM, directory: Path) -> None:
     assert not list(directory.glob("*.scratch"))
 
 
-@pytest.mark.parametrize("qemu", ["system", "newer", "newest"], indirect=True)
+NEWER = [pytest.param(qemu, marks=pytest.mark.nightly) for qemu in ("newer", "newest")]
+
+
+@pytest.mark.parametrize("qemu", ["system", *NEWER], indirect=True)
 def test_a_promotion_is_verified_while_the_guest_writes(tmp_path: Path, qemu: str) -> None:
     clone = linked_clone(base(), tmp_path / "clone.qcow2")
     with VM(tmp_path, [Disk(clone)], writer={"rate": 0}) as vm:
@@ -94,7 +98,7 @@ def test_a_difference_ends_with_exit_code_8_and_both_disks(tmp_path: Path) -> No
     assert promoter(state, "job", "list", "--json").result["status"] == "failed"
 
 
-@pytest.mark.parametrize("at", ["begun", "compared"])
+@pytest.mark.parametrize("at", ["begun", pytest.param("compared", marks=pytest.mark.nightly)])
 def test_a_promoter_that_is_killed_in_a_verification_is_finished_by_resume(
     tmp_path: Path, at: str
 ) -> None:
@@ -118,6 +122,7 @@ def test_a_promoter_that_is_killed_in_a_verification_is_finished_by_resume(
     assert "backing file" not in qemu_img("info", clone)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("point", ["viewed", "view prepared"])
 def test_a_view_that_nobody_vouches_for_is_no_proof(tmp_path: Path, point: str) -> None:
     """promoter is killed while the guest stands still for its view."""
@@ -144,6 +149,7 @@ def test_a_view_that_nobody_vouches_for_is_no_proof(tmp_path: Path, point: str) 
         records.check(clone, None, vm.log).raise_if_bad()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("point", ["begun", "viewed"])
 def test_a_qemu_that_dies_in_a_verification_leaves_one_true_disk(
     tmp_path: Path, point: str
@@ -166,6 +172,7 @@ def test_a_qemu_that_dies_in_a_verification_leaves_one_true_disk(
     assert "backing file" not in qemu_img("info", clone)
 
 
+@pytest.mark.nightly
 def test_who_else_uses_the_nbd_server_keeps_it_and_the_guest_its_chain(tmp_path: Path) -> None:
     clone = linked_clone(base(), tmp_path / "clone.qcow2")
     state = tmp_path / "state"
@@ -233,6 +240,7 @@ def test_whoever_is_killed_in_a_domains_verification_it_is_finished(
         case.prove(promoted=True)
 
 
+@pytest.mark.nightly
 def test_a_guest_with_iothreads_is_refused_in_the_plan(tmp_path: Path) -> None:
     clone = linked_clone(base(), tmp_path / "clone.qcow2")
     with VM(tmp_path, [Disk(clone, iothread=True)], writer={"rate": 0}) as vm:
@@ -265,3 +273,35 @@ def test_two_disks_one_of_them_throttled_are_verified_beside_what_they_share(
         vm.wait_for_acks(60)
         vm.kill()
     records.check(layers[-1], None, vm.log).raise_if_bad()
+
+
+@pytest.mark.nightly
+def test_a_view_without_room_is_given_up_and_the_guest_writes_on(tmp_path: Path) -> None:
+    clone = linked_clone(base(), tmp_path / "clone.qcow2")
+    state = tmp_path / "state"
+    with (
+        file_system("ext4", tmp_path, 256 * MIB) as small,
+        VM(tmp_path, [Disk(clone)], writer={"rate": 0}) as vm,
+    ):
+        vm.wait_for_acks(60)
+        target = small / "target.qcow2"
+        words = ["--target", target, "--preallocation", "full", "--seed", "none", "--verify"]
+        command = ["begun", "hang", vm.pid, "promote", vm.monitor, *words, "--json"]
+        struck = start(state, *command, module="tests.struck")
+        os.waitid(os.P_PID, struck.pid, os.WSTOPPED | os.WNOWAIT)
+        with target.open("r+b") as file:  # room for all its own clusters
+            os.posix_fallocate(file.fileno(), 0, target.stat().st_size)
+        with (small / "fill").open("wb", buffering=0) as fill, suppress(OSError):
+            while fill.write(bytes(64 * 1024)):
+                pass
+        vm.wait_for_acks(300)
+        os.kill(struck.pid, signal.SIGCONT)
+        promoted = ended(struck)
+        assert promoted.code == 0, promoted.out
+        (disk,) = promoted.result["disks"]
+        assert not disk["verified"]
+        assert "qemu-img" in disk["unverified"]
+        assert Path(disk["old"]).exists()
+        vm.wait_for_acks(60)
+        vm.kill()
+        records.check(target, None, vm.log).raise_if_bad()

@@ -172,6 +172,7 @@ async def compare(
 
     ``report`` gets percents.
     """
+    pace.delay(0)  # it counts from here
     return await _compare(
         "-p", image_spec(images), other, pace=pace, report=report, counted=_read_so_far
     )
