@@ -23,7 +23,7 @@ from promoter.operations import suspended
 from promoter.operations.leases import Leases
 from promoter.operations.move import Action, Do
 from promoter.operations.moving import MoveOperation
-from promoter.storage import seed
+from promoter.storage import images, seed
 from promoter.storage.names import Names
 
 STEPS = (
@@ -54,6 +54,12 @@ IN_A_LEASE: dict[str, tuple[Any, str, bool]] = {
     "announced": (Leases, "announce", False),
     "readers off": (Leases, "take_off_readers", False),
     "left": (Leases, "leave", False),
+}
+IN_A_VERIFICATION: dict[str, tuple[Any, str, bool]] = {
+    "view prepared": (QmpGuest, "prepare_view", False),
+    "viewed": (QmpGuest, "take_view", False),
+    "begun": (QmpGuest, "show_view", False),
+    "compared": (images, "compare", False),
 }
 POINTS = (*(f"before {do.name}" for do in STEPS), *INSIDE, "after TIDY")
 
@@ -105,7 +111,7 @@ def install(point: str, hit: Callable[[], None]) -> None:
         os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
         suspended.__name__ = struck_suspended.__name__
         return
-    if inside := (INSIDE | AT_A_START | IN_A_LEASE).get(point):
+    if inside := (INSIDE | AT_A_START | IN_A_LEASE | IN_A_VERIFICATION).get(point):
         owner, name, before = inside
         setattr(owner, name, striking(getattr(owner, name), hit, before=before))
         return

@@ -30,6 +30,7 @@ from promoter.operations.move import (
     Move,
     Seen,
     Target,
+    Verdict,
     Way,
     decide,
     next_of_each,
@@ -208,6 +209,19 @@ def test_a_guest_that_we_stopped_is_continued_before_anything_else(way: Way) -> 
         assert decide(stopped, Seen(alive=True, disks=(disk,))) == Action(Do.CONTINUE)
         dead = Seen(alive=False, disks=(after_death(disk),))
         assert decide(stopped, dead) == decide(promotion(way), dead)
+
+
+@pytest.mark.parametrize("failure", [None, *Failure])
+def test_a_verification_comes_when_all_is_done_but_tidying(failure: Failure | None) -> None:
+    plain = promotion(failure=failure)
+    asked = replace(plain, choices=Choices(verify=True))
+    found = asked.with_disk(0, replace(asked.disks[0], verdict=Verdict(difference="here")))
+    for disk in every_disk(Way.MIRROR):
+        for seen in (Seen(alive=True, disks=(disk,)), Seen(False, (after_death(disk),))):
+            usual = decide(plain, seen)
+            before_tidying = Action(Do.VERIFY, 0) if usual.do is Do.TIDY else usual
+            assert decide(asked, seen) == before_tidying
+            assert decide(found, seen) == usual
 
 
 def test_a_decision_is_the_same_when_asked_again() -> None:

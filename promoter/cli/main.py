@@ -143,6 +143,10 @@ Quiesce = Annotated[
     bool,
     typer.Option("--quiesce", help="Have the guest agent freeze the file systems for it."),
 ]
+Verify = Annotated[
+    bool,
+    typer.Option("--verify", help="Prove that old and new disk are the same, as of the switch."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan only.")]
 Identity = Annotated[str, typer.Argument(metavar="ID", help="An operation's id.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
@@ -224,6 +228,7 @@ def promote(
     adopt: Annotated[
         bool, typer.Option("--adopt", help="Finish a copy of a domain's disk that runs already.")
     ] = False,
+    verify: Verify = False,
     old: OldFiles = Old.ASIDE,
     on_full: Annotated[
         OnFull,
@@ -261,6 +266,7 @@ def promote(
         old=old,
         adopt=adopt,
         on_full=on_full,
+        verify=verify,
     )
     output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
     work = run.perform(promotion.plan, guest, connect, choices, state, output, dry_run=dry_run)
@@ -292,6 +298,7 @@ def consolidate(
     scan: Scan = None,
     speed: Speed = "0",
     max_pause: MaxPause = "500ms",
+    verify: Verify = False,
     old: OldFiles = Old.ASIDE,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -308,6 +315,8 @@ def consolidate(
         raise typer.BadParameter("--beside merges from the active layer: leave out --top")
     if (target or target_dir) and not beside:
         raise typer.BadParameter("--target and --target-dir need --beside")
+    if verify and not beside:
+        raise typer.BadParameter("--verify needs --beside: a merge in place leaves no old chain")
     choices = Choices(
         disks=tuple(disks or ()),
         target=target,
@@ -318,6 +327,7 @@ def consolidate(
         scan=tuple(scan or ()),
         speed=parse_speed(speed),
         max_pause=parse_duration(max_pause),
+        verify=verify,
         old=old,
     )
     output = choose(as_json=as_json, quiet=quiet, verbose=verbose)

@@ -28,6 +28,7 @@ from promoter.operations.journal import Entry, OperationStatus, Step
 from promoter.operations.move import DiskIntent, Kind, Way
 from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import Plan
+from promoter.operations.verify import cost
 from promoter.storage.siblings import Siblings
 from promoter.values import from_builtins
 
@@ -197,7 +198,7 @@ class PlainOutput:
             room = "" if free is None else f", {human_bytes(free)} free"
             self.console.print(
                 f"{escape(disk.name)}: {escape(_intention(disk))},"
-                f" needs {human_bytes(disk.required)}{room}"
+                f" needs {human_bytes(disk.required)}{room}{_verification(plan, disk)}"
             )
         for warning in plan.warnings:
             self.console.print(f"note: {escape(warning)}")
@@ -264,7 +265,7 @@ class PlainOutput:
             rows.append(("guest's I/O stood still", human_seconds(report.switchover_s)))
         rows += _frozen(report.frozen_s)
         if report.way is Way.MIRROR:
-            rows.append(("verified", "yes" if report.verified else "no"))
+            rows.append(("verified", _verified(report)))
         if report.way is Way.SNAPSHOT:
             rows.append(("frozen", escape(str(report.source))))
         for index, file in enumerate(report.kept):
@@ -328,6 +329,18 @@ def _frozen(seconds: float | None) -> list[tuple[str, str]]:
     return [] if seconds is None else [("file systems frozen", human_seconds(seconds))]
 
 
+def _verification(plan: Plan, disk: DiskIntent) -> str:
+    if not plan.move.choices.verify:
+        return ""
+    return f", then reads up to {human_bytes(cost(disk))} to verify"
+
+
+def _verified(report: DiskReport) -> str:
+    if report.verified:
+        return f"yes: {human_bytes(report.verified_bytes)} are the same"
+    return f"no: {escape(report.unverified)}" if report.unverified else "no"
+
+
 def describe(progress: Progress) -> str:
     """Bytes, rate and time to go; and how the guest's writes stand against that."""
     text = (
@@ -379,6 +392,7 @@ def plan_fields(plan: Plan) -> dict[str, Any]:
                 "virtual_bytes": disk.virtual_size,
                 "required_bytes": disk.required,
                 "free_bytes": plan.free[index],
+                "verify_bytes": cost(disk) if move.choices.verify else None,
             }
             for index, disk in enumerate(move.disks)
         ],

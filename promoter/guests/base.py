@@ -136,6 +136,31 @@ class SnapshotSpec:
     frozen: NodeSpec
 
 
+@dataclass(frozen=True)
+class ViewSpec:
+    """A disk as it is at one instant, for others to read.
+
+    ``device`` is the QOM path of what the guest sees the disk by, ``node`` what that has;
+    ``scratch`` the file for what is overwritten. ``layered``: other layers lie below the node.
+    """
+
+    mark: str
+    device: str
+    node: str
+    scratch: Path
+    layered: bool = False
+
+    @property
+    def export(self) -> str:
+        """The name by which NBD has it."""
+        return f"{self.mark}-then"
+
+    @property
+    def whole(self) -> str:
+        """The name by which NBD has it with all that lies below the node."""
+        return f"{self.mark}-before" if self.layered else self.export
+
+
 class Guest(Protocol):
     """A running guest."""
 
@@ -242,6 +267,24 @@ class PlainGuest(Guest, Protocol):
 
     async def finalize(self, job: str) -> None: ...
 
+    async def try_to_serve(self, listening: int) -> None:
+        """Could QEMU's NBD server be had? Raises `CommandFailed`."""
+
+    async def prepare_view(self, spec: ViewSpec) -> None:
+        """Open what a view needs."""
+
+    async def take_view(self, spec: ViewSpec) -> None:
+        """Have the view be the disk as it is now; the guest must stand still."""
+
+    async def has_view(self, spec: ViewSpec) -> bool:
+        """Is there a view that was taken?"""
+
+    async def show_view(self, spec: ViewSpec, listening: int) -> None:
+        """Export a view by NBD, on a unix socket that listens. Repeatable."""
+
+    async def end_view(self, spec: ViewSpec) -> None:
+        """Leave nothing of a view. Repeatable."""
+
     def transition_time(self, job: str, status: JobStatus) -> float | None:
         """When the hypervisor says ``job`` entered ``status``: seconds of its clock."""
 
@@ -279,6 +322,17 @@ class Domain(Guest, Protocol):
 
     async def definition(self) -> Mapping[str, DefinedDisk]:
         """The files that the next start opens, by disk: those of the persistent definition."""
+
+    async def begin_view(self, disks: Mapping[str, Path]) -> None:
+        """Have views be the disks as they are now; what is overwritten goes to these files, by
+        disk, which libvirt makes and removes (``virDomainBackupBegin``).
+        """
+
+    async def view(self, scratch: Path) -> Path | None:
+        """Where the views are served, one of which has this file; each has its disk's name."""
+
+    async def end_view(self) -> None:
+        """End the views."""
 
     async def has_volume(self, file: Path) -> bool:
         """Is there such a file in a pool that libvirt knows? Of others nothing can be said."""

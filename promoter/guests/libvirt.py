@@ -15,6 +15,7 @@ import asyncio
 import json
 import math
 import os
+import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -49,6 +50,7 @@ from promoter.guests.base import (
 )
 
 DEFINITION = libvirt.VIR_DOMAIN_XML_INACTIVE
+LONGEST_ABORT = 30.0
 SLOWEST = 1  # byte a second; 0 is no limit
 KEEPALIVE, KEEPALIVES = 5, 3  # seconds between them, and how many may stay unanswered
 ENDINGS = {
@@ -372,6 +374,45 @@ class LibvirtGuest:
             for name, disk in disks.items()
             if (file := _source(disk))
         }
+
+    async def begin_view(self, disks: Mapping[str, Path]) -> None:
+        backup = Element("domainbackup", mode="pull")
+        SubElement(backup, "server", transport="unix", socket=str(await self._view_socket()))
+        elements = SubElement(backup, "disks")
+        for name in _disks(await self._xml(0)):
+            if name not in disks:
+                SubElement(elements, "disk", name=name, backup="no")
+                continue
+            element = SubElement(elements, "disk", name=name, backup="yes", type="file")
+            SubElement(element, "driver", type="qcow2")
+            SubElement(element, "scratch", file=str(disks[name]))
+        await self._call(self._domain.backupBegin, ElementTree.tostring(backup, "unicode"), None, 0)
+
+    async def _view_socket(self) -> Path:
+        """Beside the monitor's, where the domain's QEMU may make one, whoever it runs as."""
+        for chardev in await self._query("query-chardev"):
+            if found := re.search(r"unix:(/[^,]+)/[^/,]+", chardev["filename"]):
+                return Path(found[1]) / "promoter.sock"
+        raise CommandFailed(f"{self.name}: its monitor is not on a socket")
+
+    async def view(self, scratch: Path) -> Path | None:
+        try:
+            backup = await self._call(self._domain.backupGetXMLDesc, 0)
+        except CommandFailed:
+            return None
+        xml = ElementTree.fromstring(backup)
+        if str(scratch) not in [found.get("file") for found in xml.iterfind("disks/disk/scratch")]:
+            return None
+        return Path(f"/proc/{self._pid}/root{_get(xml, 'server', 'socket')}")
+
+    async def end_view(self) -> None:
+        await self._call(self._domain.abortJob)
+        async with asyncio.timeout(LONGEST_ABORT):
+            while await self._call(self._job_type):  # noqa: ASYNC110 - its event has no such end
+                await asyncio.sleep(view.TICK)
+
+    def _job_type(self) -> int:
+        return int(self._domain.jobInfo()[0])
 
     async def has_volume(self, file: Path) -> bool:
         try:

@@ -31,7 +31,7 @@ from qemu.qmp import (
 from promoter.blockjob import PAUSED, BlockJob, JobStatus
 from promoter.chain import Disk, DiskOptions
 from promoter.errors import NoSpace, Unreachable
-from promoter.guests import view
+from promoter.guests import fleecing, view
 from promoter.guests.agent import Agent
 from promoter.guests.base import (
     CommandFailed,
@@ -42,6 +42,7 @@ from promoter.guests.base import (
     NodeSpec,
     SnapshotSpec,
     Start,
+    ViewSpec,
 )
 
 GREETING_TIMEOUT = 3.0
@@ -272,6 +273,25 @@ class QmpGuest:
         schema = {entry["name"]: entry for entry in await self._execute("query-qmp-schema")}
         members = schema[schema[command]["arg-type"]]["members"]
         return any(member["name"] == argument for member in members)
+
+    async def try_to_serve(self, listening: int) -> None:
+        await fleecing.serve(self._execute, self._client.send_fd_scm, listening)
+        await self._execute("nbd-server-stop")
+
+    async def prepare_view(self, spec: ViewSpec) -> None:
+        await fleecing.prepare(self._execute, spec)
+
+    async def take_view(self, spec: ViewSpec) -> None:
+        await fleecing.take(self._execute, spec)
+
+    async def has_view(self, spec: ViewSpec) -> bool:
+        return await fleecing.is_taken(self._execute, spec)
+
+    async def show_view(self, spec: ViewSpec, listening: int) -> None:
+        await fleecing.show(self._execute, self._client.send_fd_scm, spec, listening)
+
+    async def end_view(self, spec: ViewSpec) -> None:
+        await fleecing.end(self._execute, spec)
 
     async def complete(self, job: str) -> None:
         await self._execute("job-complete", id=job)

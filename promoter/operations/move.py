@@ -90,6 +90,7 @@ class Choices:
 
     ``speed`` is in bytes per second, 0 for no limit; ``cluster_size`` in bytes;
     ``parallel`` is the most disks to seed at once. ``adopt``: a copy that somebody else started.
+    ``verify``: prove that old and new disk are the same before the old one is let go.
     ``quiesce``: a snapshot of frozen file systems.
     ``top`` and ``base`` name the layers of a commit, one for each disk; ``max_pause`` is how long
     the guest may stand still for one, in seconds; ``scan`` are directories in which to look for
@@ -115,6 +116,7 @@ class Choices:
     scan: tuple[Path, ...] = ()
     old: Old = Old.ASIDE
     adopt: bool = False
+    verify: bool = False
     quiesce: bool = False
     on_full: OnFull = OnFull.FAIL
 
@@ -128,6 +130,17 @@ class DomainAddress:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What came of a verification: the bytes that are the ``same`` on both disks, or where they
+    differ, or why nothing is proven.
+    """
+
+    same: int | None = None
+    difference: str = ""
+    unproven: str = ""
+
+
+@dataclass(frozen=True)
 class DiskIntent:
     """One disk of a move.
 
@@ -136,6 +149,7 @@ class DiskIntent:
     lowest layers that stay below a new disk. A commit merges the layers from ``top``, counted
     from the active one, down to the target, layer ``into``. On another host libvirt makes the
     target: ``made``, it has; ``left``: there may be one, half-made, that is not removed from here.
+    ``viewed``: a view of the new disk was taken at the switchover; ``verdict``: what it proved.
     """
 
     mark: str
@@ -158,6 +172,8 @@ class DiskIntent:
     into: int = 0
     made: bool = False
     left: bool = False
+    viewed: bool = False
+    verdict: Verdict | None = None
 
     @property
     def commits(self) -> bool:
@@ -336,6 +352,7 @@ class Do(IntEnum):
     DONE = 18
     GIVE_UP = 19
     UNLIMIT = 20
+    VERIFY = 21
 
 
 FINAL = frozenset({Do.STUCK, Do.DONE, Do.GIVE_UP})
@@ -378,6 +395,10 @@ def next_of_each(intent: Move, seen: Seen) -> dict[int, Do]:
 def _end(intent: Move, seen: Seen) -> Action:
     if intent.limits and seen.alive:
         return Action(Do.UNLIMIT)
+    pairs = zip(intent.disks, seen.disks, strict=True)
+    for index, (disk, shown) in enumerate(pairs if intent.choices.verify else ()):
+        if shown.switched and disk.verdict is None:
+            return Action(Do.VERIFY, index)
     if not all(disk.switched for disk in seen.disks):
         return Action(Do.GIVE_UP)
     return Action(Do.DONE if intent.tidied else Do.TIDY)

@@ -43,7 +43,7 @@ from promoter.guests.base import (
     Start,
 )
 from promoter.guests.bugs import loses_writes_at_start
-from promoter.operations import operation, room
+from promoter.operations import operation, room, verify
 from promoter.operations.journal import Journal, OperationStatus
 from promoter.operations.leases import Leases
 from promoter.operations.leftovers import call_merged, delete_old, kept_files, remove_spares
@@ -62,6 +62,7 @@ from promoter.operations.move import (
     Old,
     OnFull,
     Seen,
+    Verdict,
     Way,
     decide,
     next_of_each,
@@ -99,7 +100,7 @@ MOST_REPLANS = 3
 CANCELED = "Operation canceled"
 LONGEST_DEATH = 5.0
 MOST_PAUSES = 10
-STOPPABLE = frozenset({Do.SEED, Do.AWAIT_READY})
+STOPPABLE = frozenset({Do.SEED, Do.AWAIT_READY, Do.VERIFY})
 FORWARD = frozenset({Do.SEED, Do.MIRROR, Do.AWAIT_READY, Do.PREPARE, Do.SWITCH_OVER})
 MUST_WORK = frozenset(
     {Do.CONTINUE, Do.PUT_NAME_BACK, Do.COMMIT_NAME, Do.DETACH, Do.DISCARD, Do.TIDY, Do.UNLIMIT}
@@ -182,6 +183,9 @@ class MoveOperation:
                 await self._worker.dismiss()
         if last.do is not Do.DONE:
             raise self._conclude(last)
+        if different := verify.difference_of(self.intent):
+            self._journal.conclude(self.id, OperationStatus.FAILED, different.message)
+            raise different
         reports = [self._report(disk) for disk in self.intent.disks]
         names = ", ".join(report.disk for report in reports)
         done = f"{self.intent.kind.done} {names or 'nothing'}"
@@ -458,7 +462,11 @@ class MoveOperation:
                 await self._mirror_remote(index, disk)
             case Do.MIRROR:
                 await self._mirror(await self._with_its_nodes(index, disk))
+            case Do.VERIFY:
+                await self._verify(index, disk)
             case Do.DETACH:
+                if self.intent.choices.verify:
+                    await verify.end(self._plain, disk)
                 await self._plain.detach(disk.node)
             case _:
                 raise AssertionError(do)
@@ -618,12 +626,14 @@ class MoveOperation:
 
     async def _switch_over(self, ready: list[DiskIntent]) -> None:
         background = self.intent.choices.copy_mode is CopyMode.BACKGROUND
+        running = await self._alive.status() == "running"
         if ready[0].way is Way.MIRROR and not self.intent.domain:
             for disk in ready if background else ():
                 await self._plain.write_blocking(disk.node)
-            await switch_over(self._plain, ready, self._lock_fd)
-            return
-        running = await self._alive.status() == "running"
+            if not (self.intent.choices.verify and running):
+                await switch_over(self._plain, ready, self._lock_fd)
+                return
+            await verify.prepare(self._plain, ready)
         longest = self.intent.choices.max_pause if ready[0].commits and running else None
         if longest is not None:
             await self._slowing.approach(self._alive, ready, longest)
@@ -645,11 +655,55 @@ class MoveOperation:
         if domain := self.intent.domain:
             running = self.intent.stopped
             work = Work(domain, running, pivot=definitions(ready), settle=longest)
-            return (await self._while_suspended(work)).pause
+            if self.intent.choices.verify:
+                scratch = {disk.name: verify.view_of(disk).scratch for disk in ready}
+                work = replace(work, view=scratch)
+            done = await self._while_suspended(work)
+            if self.intent.choices.verify:
+                self._note_views(ready, done.unviewed)
+            return done.pause
         if longest is not None:
-            return await switch_over_standing(self._plain, ready, longest, self._lock_fd)
+            how = (self._plain, ready, self._lock_fd)
+            return await switch_over_standing(*how, pause=longest)
+        if ready[0].way is Way.MIRROR:
+            return await self._switch_over_viewed(ready)
         await switch_over(self._plain, ready, self._lock_fd)
         return None
+
+    async def _switch_over_viewed(self, ready: list[DiskIntent]) -> float:
+        """Switch over, and take views of the new disks before the guest goes on."""
+        why_not = ""
+
+        async def take() -> None:
+            nonlocal why_not
+            why_not = await verify.take(self._plain, ready)
+
+        how = (self._plain, ready, self._lock_fd)
+        pause = await switch_over_standing(*how, before_it_goes_on=take)
+        self._note_views(ready, why_not)
+        return pause
+
+    def _note_views(self, ready: list[DiskIntent], why_not: str) -> None:
+        disks = [verify.taken(d, why_not) if d in ready else d for d in self.intent.disks]
+        self._save(replace(self.intent, disks=tuple(disks)))
+
+    async def _verify(self, index: int, disk: DiskIntent) -> None:
+        """Prove that the old chain and the new disk are the same, or say why not."""
+        if self.intent.failure is Failure.CANCELLED:
+            verdict = Verdict(unproven="it was cancelled")
+        elif not self._seen.alive:
+            verdict = Verdict(unproven=verify.GONE)
+        else:
+            pace = self._paces[disk.node] = Pace(self.intent.choices.speed)
+            report = partial(self._on_progress, disk.name, "verify")
+            verdict = await verify.verify(self._alive, disk, pace, report)
+        self._save(self.intent.with_disk(index, replace(disk, verdict=verdict)))
+        if all(other.verdict for other in self.intent.disks if other.viewed):
+            await self._end_views()
+
+    async def _end_views(self) -> None:
+        for disk in self.intent.disks if self.intent.choices.verify and self._seen.alive else ():
+            await verify.end(self._alive, disk)
 
     async def _snapshot(self) -> None:
         """Put all the disks' overlays above them in one short pause."""
@@ -775,7 +829,7 @@ class MoveOperation:
         job = view.jobs.get(disk.job)
         seen = observe(disk, view)
         if seen.active is Active.NEW:
-            if disk.way is Way.MIRROR and not self.intent.domain:
+            if disk.way is Way.MIRROR and not (self.intent.domain or disk.viewed):
                 self._report(disk).switchover_s = pause_seconds(self._plain, disk)
         elif job and not (job.error == CANCELED and disk.node in self._expected_cancels):
             self._fail(*job_failure(disk, job))
@@ -816,6 +870,7 @@ class MoveOperation:
 
     async def _tidy(self) -> None:
         """After the switch: close the old nodes, remove the names that were only on the way."""
+        await self._end_views()
         for disk in self.intent.disks:
             if self._guest and not self.intent.domain:
                 await self._drop_old_nodes(disk)
@@ -826,12 +881,17 @@ class MoveOperation:
                 seed.discard(disk.part)
             remove_spares(disk.names, view)
             await asyncio.to_thread(call_merged, disk)
-            if self.intent.choices.old is Old.DELETE:
+            if self.intent.choices.old is Old.DELETE and self._is_proven(disk):
                 await asyncio.to_thread(delete_old, disk)
             await asyncio.to_thread(self._leases.take_off_readers, disk)
             report = self._report(disk)
             report.duration_s = time.monotonic() - self._began
         self._save(replace(self.intent, tidied=True))
+
+    def _is_proven(self, disk: DiskIntent) -> bool:
+        """Is all the proof there that was asked for?"""
+        proven = disk.verdict is not None and disk.verdict.same is not None
+        return proven or not self.intent.choices.verify
 
     async def _drop_old_nodes(self, disk: DiskIntent) -> None:
         view = await self._alive.look()
@@ -850,6 +910,10 @@ class MoveOperation:
             DiskReport(disk.name, source, names.target, disk.way, method, node=disk.node),
         )
         report.target = names.path if names.in_place else names.target
+        if disk.verdict:
+            report.verified = disk.verdict.same is not None
+            report.verified_bytes = disk.verdict.same
+            report.unverified = disk.verdict.unproven or None
         report.kept = kept_files(disk)
         report.old = next(iter(report.kept), None)
         report.spare = next(iter(names.spares()), None)

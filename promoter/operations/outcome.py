@@ -21,6 +21,8 @@ class DiskReport:
     ``old`` is the old overlay, ``kept`` are all the files that the new chain does not need.
     ``spare`` is a second name of the new disk: the one its QEMU remembers. It goes when
     that QEMU is gone. ``frozen_s``: for how long the guest's file systems were frozen.
+    ``verified_bytes`` were proven to be the same on both disks; ``unverified`` says why not, if
+    that was asked for.
     """
 
     disk: str
@@ -35,6 +37,8 @@ class DiskReport:
     start_pause_s: float | None = None
     frozen_s: float | None = None
     verified: bool = False
+    verified_bytes: int | None = None
+    unverified: str | None = None
     old: Path | None = None
     kept: tuple[Path, ...] = ()
     node: str | None = None

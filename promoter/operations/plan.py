@@ -26,6 +26,7 @@ from promoter.operations.preflight import (
     check_names,
     check_space,
     check_targets,
+    check_verify,
     is_encrypted,
     is_local,
     select_disks,
@@ -80,11 +81,14 @@ async def make_plan(
         intents += [intent] if intent else []
     if intents and isinstance(guest, Domain):
         await check_domain(guest, view)
+    changed = {intent.key for intent in intents}
+    for disk in disks if choices.verify else ():
+        if disk.key in changed:
+            check_verify(guest, view, disk)
     check_targets(intents)
     check_space(intents)
     await asyncio.to_thread(check_leases, intents, choices.old, guest.pid, state)
     address = DomainAddress(guest.uri, guest.uuid) if isinstance(guest, Domain) else None
-    changed = {intent.key for intent in intents}
     return Plan(
         Move(identity, guest.name, choices, tuple(intents), domain=address, kind=kind),
         free=tuple(_free(intent) for intent in intents),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from promoter.chain import Disk, Image
 from promoter.errors import Refused, Unreachable
-from promoter.guests.base import Domain, Guest, GuestView, RunningCopy
+from promoter.guests.base import Domain, Guest, GuestView, PlainGuest, RunningCopy
 from promoter.guests.bugs import (
     aborts_on_raw,
     hangs_below_a_filter,
@@ -58,6 +58,29 @@ def check_pause(view: GuestView) -> None:
             f"QEMU {'.'.join(map(str, view.version))} may lose an interrupt when a guest with"
             " iothreads is stopped for an instant",
             "Stop the guest yourself, or boot it without iothreads.",
+        )
+
+
+def check_verify(guest: Guest, view: GuestView, disk: Disk) -> None:
+    """Can the disk's old chain and its new disk be compared as of the switchover?"""
+    version = ".".join(map(str, view.version))
+    why = ""
+    if guest.pid is None or not is_local(disk.chain):
+        why = "a layer is not a file of this host"
+    elif is_encrypted(disk.chain):
+        why = "only the guest's QEMU has the key of an encrypted layer"
+    elif view.iothreads and loses_interrupts(view.version):
+        why = f"QEMU {version} may lose an interrupt when a guest with iothreads is stopped for it"
+    elif view.iothreads:
+        why = f"QEMU {version} can abort when a disk with an iothread is exported or plugged over"
+    elif isinstance(guest, PlainGuest) and not disk.device:
+        why = "nothing in QEMU's device tree has it, so nothing can be put above it"
+    elif isinstance(guest, PlainGuest) and view.status != "running":
+        why = "the guest does not run, so that somebody else could continue it too early"
+    if why:
+        raise Refused(
+            f"{disk.name} cannot be verified: {why}",
+            "Leave out --verify, or change that for the guest's next boot and do it then.",
         )
 
 

@@ -63,7 +63,8 @@ class Work:
     """What to do in a guest, a domain or one behind a monitor's path: a mirror or commit to start,
     the disks to pivot, by name, or snapshots, with the names that a plain guest's next boot goes
     by. ``running``: suspend the guest for it; ``settle``: for as many seconds at most while the
-    copies catch up; ``quiesce``: freeze the guest's file systems around it.
+    copies catch up; ``quiesce``: freeze the guest's file systems around it; ``view``: take views
+    of disks that have pivoted, with these files for what is overwritten.
     """
 
     guest: DomainAddress | str
@@ -75,12 +76,14 @@ class Work:
     snapshots: tuple[SnapshotSpec, ...] = ()
     names: tuple[Names, ...] = ()
     quiesce: bool = False
+    view: dict[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Done:
     """How it went: for how many seconds the guest was suspended, its file systems were frozen,
-    and what failed. ``not_quiesced``: at the freeze, so that nothing else was begun.
+    and what failed. ``not_quiesced``: at the freeze, so that nothing else was begun;
+    ``unviewed``: why no views were taken.
     """
 
     pause: float | None
@@ -88,6 +91,7 @@ class Done:
     too_slow: bool = False
     not_quiesced: bool = False
     frozen: float | None = None
+    unviewed: str = ""
 
 
 class Worker:
@@ -248,6 +252,15 @@ async def _pivot(domain: Domain, disks: Mapping[str, DefinedDisk]) -> tuple[str,
     return tuple(failures)
 
 
+async def _view(domain: Domain, scratch: Mapping[str, Path]) -> str:
+    """Take views of disks; why it did not work, if it did not."""
+    try:
+        await domain.begin_view(scratch)
+    except CommandFailed as error:
+        return error.message
+    return "somebody continued the guest" if await domain.status() == "running" else ""
+
+
 async def _work(guest: Guest, work: Work) -> Done:
     if isinstance(guest, PlainGuest):
         for spec in work.snapshots:
@@ -275,6 +288,7 @@ async def _quiesced(guest: Guest, work: Work) -> Done:
 
 async def _suspended(guest: Guest, work: Work) -> Done:
     failures: tuple[str, ...] = ()
+    unviewed = ""
     too_slow = False
     began = time.monotonic()
     if work.running:
@@ -286,6 +300,8 @@ async def _suspended(guest: Guest, work: Work) -> Done:
             await settle(guest, work.pivot, work.settle)
         if isinstance(guest, Domain):
             failures = await _pivot(guest, work.pivot)
+            if work.view and not failures:
+                unviewed = await _view(guest, work.view)
         if work.snapshots:
             await _snapshot(guest, work.snapshots, work.names)
     except JobFailed as error:
@@ -294,7 +310,8 @@ async def _suspended(guest: Guest, work: Work) -> Done:
     finally:
         if work.running:
             await guest.cont()
-    return Done(time.monotonic() - began if work.running else None, failures, too_slow)
+    pause = time.monotonic() - began if work.running else None
+    return Done(pause, failures, too_slow, unviewed=unviewed)
 
 
 async def _run(work: Work) -> Done:

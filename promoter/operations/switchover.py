@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 
 from promoter.blockjob import DRAINED, READY, BlockJob, JobStatus
@@ -41,10 +41,15 @@ async def switch_over(guest: PlainGuest, disks: Sequence[DiskIntent], lock_fd: i
 
 
 async def switch_over_standing(
-    guest: PlainGuest, disks: Sequence[DiskIntent], pause: float, lock_fd: int
+    guest: PlainGuest,
+    disks: Sequence[DiskIntent],
+    lock_fd: int,
+    *,
+    pause: float | None = None,
+    before_it_goes_on: Callable[[], Awaitable[None]] | None = None,
 ) -> float:
-    """The same for jobs that copy behind the guest's writes: its CPUs stop meanwhile; for how
-    many seconds.
+    """The same while the guest's CPUs stand still; for how many seconds. It needs that for jobs
+    that copy behind the guest's writes, and for what is to be done ``before_it_goes_on``.
 
     Raises `TooSlow` when what is left is not copied within ``pause`` seconds.
     """
@@ -52,8 +57,12 @@ async def switch_over_standing(
         began = time.monotonic()
         await guest.stop()
         try:
-            await settle(guest, [disk.job for disk in disks], pause, alive.beat)
+            if pause is not None:
+                await settle(guest, [disk.job for disk in disks], pause, alive.beat)
             await _switch_over(guest, disks, alive)
+            if before_it_goes_on:
+                alive.beat()
+                await before_it_goes_on()
         finally:
             await guest.cont()
         return time.monotonic() - began

@@ -182,14 +182,41 @@ async def differ(images: tuple[Image, ...], path: Path, image_format: str) -> st
 
     Nobody may write to them meanwhile.
     """
-    spec = image_spec(images)
-    arguments = ("compare", "-U", "-F", image_format, spec, str(path))
+    return await _compare("-F", image_format, image_spec(images), str(path))
+
+
+def nbd(socket: Path, export: str) -> str:
+    """An NBD export on a unix socket, as qemu-img is told of it."""
+    server = {"type": "unix", "path": str(socket)}
+    file = {"driver": "nbd", "server": server, "export": export}
+    return "json:" + json.dumps({"driver": "raw", "file": file})
+
+
+async def compare(
+    images: tuple[Image, ...], other: str, pace: Pace, report: Callable[[float], None]
+) -> str:
+    """As `differ`, of a chain and what ``other`` describes, reading the chain at ``pace``.
+
+    ``report`` gets percents.
+    """
+    pace.delay(0)  # it counts from here
+    return await _compare(
+        "-p", image_spec(images), other, pace=pace, report=report, counted=_read_so_far
+    )
+
+
+async def read_a_little(image: str) -> None:
+    """Can an image be read, one that qemu-img is told of? Raises `ImageError`."""
+    await _qemu_img("bench", "-c", "1", "-d", "1", "-s", "512", image)
+
+
+async def _compare(*arguments: str, **how: Any) -> str:
     try:
-        await _qemu_img(*arguments)
+        await _qemu_img("compare", "-U", *arguments, **how)
     except Exited as error:
         if error.code != DIFFERENT:
             raise
-        return error.output.strip()
+        return error.output[error.output.rfind("\r") + 1 :].removeprefix("%)").strip()
     return ""
 
 
@@ -264,6 +291,7 @@ async def _qemu_img(
     report: Callable[[float], None] | None = None,
     pace: Pace | None = None,
     written: Path | None = None,
+    counted: Callable[[int], int] | None = None,
 ) -> str:
     process = await asyncio.create_subprocess_exec(
         *("setpriv", "--pdeathsig", "KILL", "qemu-img", *arguments),
@@ -278,7 +306,7 @@ async def _qemu_img(
             errors = group.create_task(process.stderr.read(), name="qemu-img errors")
             output = group.create_task(_read(process.stdout, report), name="qemu-img output")
             pacing = group.create_task(
-                _keep_pace(process.pid, pace or Pace()), name="qemu-img pace"
+                _keep_pace(process.pid, pace or Pace(), counted or _written), name="qemu-img pace"
             )
             clean = group.create_task(_keep_cache_clean(written), name="qemu-img page cache")
             await process.wait()
@@ -298,8 +326,8 @@ async def _qemu_img(
     return output.result()
 
 
-async def _keep_pace(pid: int, pace: Pace) -> None:
-    """Stop and continue a process so that it writes no faster: its own limit is for life.
+async def _keep_pace(pid: int, pace: Pace, counted: Callable[[int], int]) -> None:
+    """Stop and continue a process so that it writes or reads no faster: its own limit is for life.
 
     Signals go by a pidfd: asyncio's own ``send_signal`` may reap the process that asyncio
     waits for, and its exit code is lost.
@@ -307,7 +335,7 @@ async def _keep_pace(pid: int, pace: Pace) -> None:
     with suppress(ProcessLookupError), _pidfd(pid) as fd:
         stopped = False
         while True:
-            left = pace.delay(_written(pid))
+            left = pace.delay(counted(pid))
             if stopped is not (left > 0):
                 stopped = not stopped
                 signal.pidfd_send_signal(fd, signal.SIGSTOP if stopped else signal.SIGCONT)
@@ -337,11 +365,20 @@ def _pidfd(pid: int) -> Iterator[int]:
 
 def _written(pid: int) -> int:
     """Bytes a process has written so far, whatever became of them."""
+    return _io(pid, "wchar")
+
+
+def _read_so_far(pid: int) -> int:
+    """Bytes a process has read from files so far, be they of a disk or of the page cache."""
+    return _io(pid, "rchar")
+
+
+def _io(pid: int, count: str) -> int:
     try:
         lines = Path(f"/proc/{pid}/io").read_text().splitlines()
     except OSError:  # it has just ended
         return 0
-    return int(dict(line.split(": ") for line in lines)["wchar"])
+    return int(dict(line.split(": ") for line in lines)[count])
 
 
 async def _read(stream: asyncio.StreamReader, report: Callable[[float], None] | None) -> str:
