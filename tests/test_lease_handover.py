@@ -105,10 +105,10 @@ class Times:
     opened: list[float]
 
     def __str__(self) -> str:
-        return f"claimed {_percentiles(self.claimed)}; opened {_percentiles(self.opened)}"
+        return f"claimed {percentiles(self.claimed)}; opened {percentiles(self.opened)}"
 
 
-def _percentiles(found: list[float]) -> str:
+def percentiles(found: list[float]) -> str:
     p99 = sorted(found)[int(len(found) * 0.99)]
     return f"p50 {statistics.median(found):.0f} ms, p99 {p99:.0f} ms"
 

@@ -9,6 +9,7 @@ Source: QEMU's QMP reference (``blockdev-*``, ``job-*``, ``query-*``).
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import stat
 import struct
@@ -186,6 +187,39 @@ class QmpGuest:
                 if data["path"] == device:
                     return
 
+    async def get(self, device: str, name: str) -> str:
+        """A property of a device, by its QOM path; "" where it has none of that name."""
+        try:
+            return str(await self._execute("qom-get", path=device, property=name))
+        except CommandFailed:
+            return ""
+
+    async def put_behind(self, device: str, node: str) -> None:
+        """Have a device, by its QOM path, work on another node from now on (``qom-set``).
+
+        What the guest has asked for already is done on the old one before.
+        """
+        await self._execute("qom-set", path=device, property="drive", value=node)
+
+    async def add_erring(self, node: str, size: int) -> None:
+        """Make a node of ``size`` bytes that fails whatever it is asked for, with EIO.
+
+        Source: QEMU's block/blkdebug.c; what a null-co alone is written, is gone.
+        """
+        await self._execute(
+            "blockdev-add",
+            driver="blkdebug",
+            node_name=node,
+            image={"driver": "null-co", "size": size},
+            inject_error=[{"event": "none", "errno": errno.EIO, "once": False}],
+        )
+
+    async def virtual_size(self, node: str) -> int:
+        """The size of a node in bytes, as a guest sees it."""
+        nodes = await self._execute("query-named-block-nodes", flat=True)
+        sizes = {entry["node-name"]: entry["image"]["virtual-size"] for entry in nodes}
+        return int(sizes[node])
+
     async def begin(self, spec: Start) -> None:
         if isinstance(spec, MirrorSpec):
             await self._mirror(spec)
@@ -355,7 +389,8 @@ def _common(options: DiskOptions) -> dict[str, object]:
 
 
 def _format_node(spec: NodeSpec) -> dict[str, object]:
-    backing: dict[str, object] = {} if spec.format == "raw" else {"backing": spec.backing}
+    spelled_out = spec.format != "raw" and not spec.by_header
+    backing: dict[str, object] = {"backing": spec.backing} if spelled_out else {}
     return {
         "driver": spec.format,
         "node_name": spec.node,
