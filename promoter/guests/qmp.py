@@ -132,6 +132,10 @@ class QmpGuest:
         """The guest's disks, nodes and jobs as they are now."""
         return await view.take(self._execute, self.name, self._pid)
 
+    async def files(self) -> frozenset[str]:
+        """The files that the guest has open."""
+        return await view.files(self._execute, self._pid)
+
     async def attach(self, spec: NodeSpec) -> None:
         given = {"aio": spec.options.aio, "locking": spec.options.locking}
         present = (await self.look()).nodes

@@ -25,6 +25,8 @@ from promoter.lease.store import Asked, CouldNotTell
 
 LOOK_EVERY = 0.5
 ANSWER_EVERY = 0.1
+SHORT = 3.0
+"""Seconds for which a busy disk is waited for, though it was only asked for."""
 Heard = Callable[[Answer], None]
 
 
@@ -114,12 +116,12 @@ class Acquisition:
             if record is None:
                 return rules.create(self.store.identity(stamp.nonce), self.owner, stamp)
             unchanged = self._observer.unchanged(record)
-            evidence = self._observer.evidence(record)
             waited = record.lender is not None and self.host.lives(record.lender)
             if record.state in (State.FREE, State.LOANED):
                 return rules.claim(
                     record, self.owner, stamp, unchanged=unchanged, lender_lives=waited
                 )
+            evidence = self._observer.evidence(record)
             if record.owner and record.owner.host == self.host.name:
                 alive = self.host.lives(record.owner) or self.host.works(record)
                 return rules.resume(
@@ -226,16 +228,23 @@ def request(
 
 def _final_answer(asking: Asking, timeout: float, heard: Heard) -> Answer | None:
     last: Answer | None = None
-    deadline = boot_clock() + timeout
-    while boot_clock() < deadline:
+    end = deadline = boot_clock() + timeout
+    while boot_clock() < end:
         answer = asking.answer()
         if answer and answer != last:
             last = answer
             heard(answer)
-        if answer and answer.said is not Said.ACCEPTED:
+            soon = boot_clock() + (answer.retry_after or 0) + 1
+            end = min(deadline, soon) if _is_soon_free(answer) else deadline
+        if answer and answer.said is not Said.ACCEPTED and not _is_soon_free(answer):
             return answer
         asking.wait(asking.epoch + 1, ANSWER_EVERY)
     return last
+
+
+def _is_soon_free(answer: Answer) -> bool:
+    """Its owner judges it again by itself."""
+    return answer.said is Said.BUSY and (answer.retry_after or 0) <= SHORT
 
 
 def held(

@@ -6,7 +6,8 @@ lock bytes say that it is closed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,7 +48,7 @@ async def detach(monitor: Path, file: Path) -> bool:
             await guest.unplug(_device_path(disk))
             for node in _nodes(disk):
                 await guest.drop(node)
-        return closed_in(await guest.look(), file)
+        return closed_in(await guest.files(), file)
     finally:
         await guest.close()
 
@@ -65,28 +66,42 @@ class Loan:
     disk: NodeSpec
 
 
-async def prepare_loan(monitor: Path, file: Path, identity: str) -> Loan:
-    """How the disk would be lent. Changes nothing.
+async def lend(monitor: Path, file: Path, identity: str, begins: Callable[[Loan], None]) -> bool:
+    """Close the disk behind its device, and have the guest wait when it touches it; is it closed?
 
     Raises `DiskBusy` while a block job works on it, and `Refused` where it could not be given
-    back as it was, or where the guest would see an error.
+    back as it was, or where the guest would see an error. ``begins`` is told before anything is
+    changed; from then on, whatever this raises, `take_back` puts things right.
     """
     guest = await QmpGuest.connect(monitor)
     try:
-        view = await guest.look()
-        disks = [disk for disk in view.disks if _is_on(disk, file)]
-        if len(disks) != 1:
-            raise Refused(f"{len(disks)} devices of the guest have it", "A loan is out of one.")
-        disk = disks[0]
-        if disk.jobs:
-            raise DiskBusy(f"job {', '.join(disk.jobs)} works on it", "Ask again later.")
-        device = _device_path(disk)
-        errors = [await guest.get(device, name) for name in ("werror", "rerror")]
-        if why := _not_lendable(view, disk, errors):
-            raise Refused(f"it cannot be lent: {why}", "See docs/lease.md.")
-        return _loan(device, disk, file, identity)
+        loan = await _prepare(guest, file, identity)
+        begins(loan)
+        changing = asyncio.gather(  # in this order: QEMU takes one after the other
+            guest.add_erring(loan.placeholder, loan.size),
+            guest.put_behind(loan.device, loan.placeholder),
+            *(guest.drop(node) for node in loan.nodes),
+        )
+        _, files = await asyncio.gather(changing, guest.files())
+        return closed_in(files, file)
     finally:
         await guest.close()
+
+
+async def _prepare(guest: QmpGuest, file: Path, identity: str) -> Loan:
+    """How the disk is lent."""
+    view = await guest.look()
+    disks = [disk for disk in view.disks if _is_on(disk, file)]
+    if len(disks) != 1:
+        raise Refused(f"{len(disks)} devices of the guest have it", "A loan is out of one.")
+    disk = disks[0]
+    if disk.jobs:
+        raise DiskBusy(f"job {', '.join(disk.jobs)} works on it", "Ask again later.")
+    device = _device_path(disk)
+    errors = await asyncio.gather(guest.get(device, "werror"), guest.get(device, "rerror"))
+    if why := _not_lendable(view, disk, errors):
+        raise Refused(f"it cannot be lent: {why}", "See docs/lease.md.")
+    return _loan(device, disk, file, identity)
 
 
 def _not_lendable(view: GuestView, disk: Disk, errors: Sequence[str]) -> str:
@@ -120,22 +135,6 @@ def _loan(device: str, disk: Disk, file: Path, identity: str) -> Loan:
     return Loan(device, placeholder, active.virtual_size, tuple(_nodes(disk)), spec)
 
 
-async def lend(monitor: Path, loan: Loan) -> bool:
-    """Close the disk behind its device, and have the guest wait when it touches it; is it closed?
-
-    Whatever this raises, `take_back` puts things right.
-    """
-    guest = await QmpGuest.connect(monitor)
-    try:
-        await guest.add_erring(loan.placeholder, loan.size)
-        await guest.put_behind(loan.device, loan.placeholder)
-        for node in loan.nodes:
-            await guest.drop(node)
-        return closed_in(await guest.look(), loan.disk.file)
-    finally:
-        await guest.close()
-
-
 async def take_back(monitor: Path, loan: Loan) -> None:
     """Give the guest its disk again, and have it go on if it waits. Repeatable.
 
@@ -161,10 +160,10 @@ async def take_back(monitor: Path, loan: Loan) -> None:
         await guest.close()
 
 
-def closed_in(view: GuestView, file: Path) -> bool:
-    """Has no node of the guest the file open, by any name?"""
+def closed_in(files: Collection[str], file: Path) -> bool:
+    """Is the file none of those that the guest has open, by any name?"""
     wanted = stamp(file)
-    open_files = [stamp(Path(name)) for name in view.files]
+    open_files = [stamp(Path(name)) for name in files]
     return not any(found and wanted and found.id == wanted.id for found in open_files)
 
 

@@ -39,7 +39,6 @@ from promoter.lease.release import (
     Loan,
     detach,
     lend,
-    prepare_loan,
     shut_down,
     take_back,
 )
@@ -369,12 +368,14 @@ class LeasedRun:
         async with self._lending:
             record = await asyncio.to_thread(store.read)
             assert record and record.request, "it is releasing"
-            loan = await prepare_loan(monitor, store.disk, record.request[:8])
-            back = Acquisition(store, self.host, self.owner, clock=self._clock)
-            self._lent[store] = loan, back
-            gone = await lend(monitor, loan)
+            begins = partial(self._begin_loan, store)
+            gone = await lend(monitor, store.disk, record.request[:8], begins)
             marking = partial(self._lend_one, store, node_gone=gone)
             await asyncio.to_thread(self._alone, marking)
+
+    def _begin_loan(self, store: LeaseFile, loan: Loan) -> None:
+        back = Acquisition(store, self.host, self.owner, clock=self._clock)
+        self._lent[store] = loan, back
 
     def _lend_one(self, store: LeaseFile, *, node_gone: bool) -> None:
         lent = claim.lend(store, self.host, node_gone=node_gone)
