@@ -30,6 +30,7 @@ from qemu.qmp import (
     Runstate,
     StateError,
 )
+from qemu.qmp.qmp_client import NegotiationError
 
 from promoter.blockjob import PAUSED, BlockJob, JobStatus
 from promoter.chain import Disk, DiskOptions
@@ -73,21 +74,7 @@ class QmpGuest:
         Raises `Unreachable` when nobody answers there as QMP within 3 seconds
         and `Refused` when the QEMU is older than 7.2.
         """
-        monitor = await asyncio.to_thread(_connect, path)
-        client = QMPClient(path.name, readbuflen=REPLY_LIMIT)
-        try:
-            async with asyncio.timeout(GREETING_TIMEOUT):
-                await client.connect(monitor)
-        except TimeoutError:
-            monitor.close()
-            raise _busy(path) from None
-        except ConnectError as error:
-            monitor.close()
-            raise Unreachable(
-                f"{path} does not speak QMP",
-                "Give the socket of a QMP monitor: qemu … -qmp unix:PATH,server=on,wait=off",
-            ) from error
-        guest = cls(path, monitor, client)
+        guest = cls(path, *await _negotiated(path))
         try:
             await view.check_version(guest._execute, guest.name)
         except BaseException:  # a cancellation too: nobody else can have the monitor meanwhile
@@ -404,6 +391,31 @@ def _format_node(spec: NodeSpec) -> dict[str, object]:
         **backing,
         **_common(spec.options),
     }
+
+
+async def _negotiated(path: Path, tries: int = 3) -> tuple[socket.socket, QMPClient]:
+    """A connection, ready for commands.
+
+    An event of QEMU's may overtake its answer to ``qmp_capabilities``, which qemu.qmp takes for a
+    failure: a guest that has just stopped for an I/O error sends some.
+    """
+    monitor = await asyncio.to_thread(_connect, path)
+    client = QMPClient(path.name, readbuflen=REPLY_LIMIT)
+    try:
+        async with asyncio.timeout(GREETING_TIMEOUT):
+            await client.connect(monitor)
+    except TimeoutError:
+        monitor.close()
+        raise _busy(path) from None
+    except ConnectError as error:
+        monitor.close()
+        if tries > 1 and isinstance(error.exc, NegotiationError):
+            return await _negotiated(path, tries - 1)
+        raise Unreachable(
+            f"{path} does not speak QMP",
+            "Give the socket of a QMP monitor: qemu … -qmp unix:PATH,server=on,wait=off",
+        ) from error
+    return monitor, client
 
 
 def _connect(path: Path) -> socket.socket:
