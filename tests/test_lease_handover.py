@@ -230,7 +230,7 @@ def _at(line: dict[str, Any]) -> float:
     return datetime.fromisoformat(line["at"]).timestamp()
 
 
-@pytest.mark.parametrize("rounds", [6, pytest.param(150, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("rounds", [6, pytest.param(100, marks=pytest.mark.nightly)])
 def test_a_disk_goes_to_and_fro_between_hosts_that_ask(
     hosts: Hosts,
     network: tuple[Namespace, Namespace],
