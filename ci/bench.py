@@ -1,4 +1,4 @@
-"""How long promote and consolidate take, and how long the guest stands still for them.
+"""How long promote, consolidate and a disk's handover take; how long the guest stands still for it.
 
 Everything is compared within one run on one guest that writes all the while. What is compared
 takes turns, so that a machine whose speed drifts is as unfair to one as to another.
@@ -7,6 +7,7 @@ takes turns, so that a machine whose speed drifts is as unfair to one as to anot
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import shutil
@@ -20,20 +21,24 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import libvirt
 
+from promoter.guests.qmp import QmpGuest
 from tests import records
 from tests.domains import Domain, Libvirtd
-from tests.vm import MIB, VM, Disk, base, blank, file_system, linked_clone
+from tests.test_lease_handover import ToAndFro, two_hosts, two_namespaces
+from tests.vm import MIB, VM, Bus, Disk, base, blank, file_system, linked_clone
 
 STEP = 64 * MIB
 GIB = 1024 * MIB
 ROUNDS = 3
 SWITCHOVERS = 20
+HANDOVERS = 12
+UNPLUGS = 7
 XFS = 24 * GIB
 PEER_BASES = (1 * GIB, 4 * GIB)
 VIRSH = ["virsh", "blockcopy", "--dest", "{target}", "--format", "qcow2"]
@@ -388,6 +393,55 @@ def pauses(directory: Path) -> None:
     print(f"switchover, {len(found)} promotions: median {median:.1f} ms, worst {worst:.1f} ms")
 
 
+def handover(directory: Path) -> None:
+    """Between two hosts with agents, in network namespaces of their own, over one pool."""
+    print("| policy | begun | closed | claimed | opened: p50 | p99 |\n|---|---|---|---|---|---|")
+    for policy in ("detach", "loan", "close"):
+        turn = directory / policy
+        turn.mkdir()
+        with two_namespaces() as network, two_hosts(turn, network) as hosts:
+            disk = ToAndFro(turn, hosts, policy)
+            disk.next()
+            for number in range(HANDOVERS):
+                (disk.lend if policy == "loan" else disk.next)()
+                print(f"{policy} {number + 1}: {disk.times[-1]}", file=sys.stderr)
+            disk.end()
+        parts = zip(*map(astuple, disk.times), strict=True)
+        *middle, opened = [sorted(part) for part in parts]
+        medians = " | ".join(f"{statistics.median(part):.0f}" for part in [*middle, opened])
+        print(f"| `{policy}` | {medians} | {opened[int(len(opened) * 0.99)]:.0f} |", flush=True)
+    for bus in (Bus.SCSI, Bus.VIRTIO):
+        took = [1000 * seconds for seconds in unplugged(directory / bus.name, bus)]
+        print(f"{bus.value}: the guest's own part of `detach`: median", end=" ")
+        print(f"{statistics.median(took):.0f} ms, most {max(took):.0f} ms", flush=True)
+
+
+def unplugged(directory: Path, bus: Bus) -> list[float]:
+    """For how long a guest, in seconds, keeps a disk that it is asked to give up."""
+    directory.mkdir()
+    disks = [linked_clone(base(), directory / "root"), blank(directory / "data", 8 * MIB)]
+    with VM(directory, [Disk(disk, bus=bus) for disk in disks]) as vm:
+        vm.wait_for_acks(20)
+        return [unplug(vm, bus) for _ in range(UNPLUGS)]
+
+
+def unplug(vm: VM, bus: Bus) -> float:
+    async def work() -> float:
+        guest = await QmpGuest.connect(vm.monitor)
+        began = time.monotonic()
+        await guest.unplug("/machine/peripheral/vd1")
+        took = time.monotonic() - began
+        await guest.close()
+        return took
+
+    took = asyncio.run(work())
+    scsi = {"driver": "scsi-hd", "bus": "host1.0"}
+    device = scsi if bus is Bus.SCSI else {"driver": "virtio-blk-pci"}
+    vm.qmp("device_add", id="vd1", drive="disk1", **device)
+    vm.wait_for_acks(100)  # it finds the disk meanwhile
+    return took
+
+
 def on_xfs(directory: Path, cases: Sequence[Case]) -> None:
     with file_system("xfs", directory, XFS) as mounted:
         compare(mounted, cases)
@@ -400,6 +454,7 @@ TABLES = {
     "pauses": pauses,
     "domains": domains,
     "consolidate": consolidate,
+    "handover": handover,
 }
 
 

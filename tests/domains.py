@@ -5,6 +5,7 @@ own: a libvirtd of this machine and its domains are neither seen nor touched.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -27,6 +28,7 @@ from tests.vm import (
     KERNEL,
     MIB,
     NICE,
+    ROOT,
     ROOTS,
     Bus,
     Disk,
@@ -184,8 +186,8 @@ class Domain:
         self._emulator = f"<emulator>{emulator}</emulator>" if emulator else ""
         self.libvirtd, self.disks = libvirtd, tuple(disks)
         self._pool, self._spelled_out = pool, spelled_out
-        self.name, self.uuid = name, uuid.uuid5(uuid.NAMESPACE_DNS, name)
         self._boots = boots or not can_be_saved(accelerator(), self.disks)
+        self.name, self.uuid = name, uuid.uuid4() if self._boots else _uuid(name)
         self.console, self.log = directory / "console.log", directory / "acks.log"
 
     def __enter__(self) -> Self:
@@ -351,6 +353,12 @@ class Domain:
     <memballoon model="none"/>
   </devices>
 </domain>"""
+
+
+def _uuid(name: str) -> uuid.UUID:
+    """Of a domain whose state is saved: nobody else's who runs tests here at the same time."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    return uuid.uuid5(uuid.NAMESPACE_URL, f"{ROOT} {worker} {name}")
 
 
 def _disk(disk: Disk, index: int, pool: str = "", *, spelled_out: bool = False) -> str:

@@ -121,6 +121,7 @@ def test_a_step_leads_where_the_table_says_or_changes_nothing(state: State, step
         lambda: rules.break_lease(HELD, 1, Lock.FREE, " ", STAMP),
         lambda: rules.claim(LOANED, THREE, STAMP, unchanged=1e6),
         lambda: rules.claim(LOANED, ONE, STAMP, unchanged=29),
+        lambda: rules.lend(RELEASING, ONE.host, CLOSED, Grant(ONE.host, "r1", 30), STAMP),
     ],
 )
 def test_who_may_not_does_not(act: Callable[[], LeaseRecord]) -> None:
@@ -178,6 +179,23 @@ def test_a_loan_goes_back_to_its_lender_and_to_nobody_else() -> None:
     assert rules.take_over(borrowed, ONE, evidence, STAMP).lender is None
 
 
+def test_a_loan_goes_back_to_the_guest_that_waits_and_to_no_other_of_its_host() -> None:
+    borrowed = rules.claim(LOANED, TWO, STAMP)
+    back = rules.free(borrowed, TWO.host, CLOSED, STAMP)
+    another = replace(ONE, pid=77)
+    evidence = replace(DEAD, epoch=borrowed.epoch)
+    for lives in (True, False):
+        assert rules.claim(back, ONE, STAMP, lender_lives=lives).owner == ONE
+        taken = rules.take_over(borrowed, ONE, evidence, STAMP, lender_lives=lives)
+        assert taken.owner == ONE
+    with pytest.raises(Illegal, match="waits for it"):
+        rules.claim(back, another, STAMP, lender_lives=True)
+    with pytest.raises(Illegal, match="waits for it"):
+        rules.take_over(borrowed, another, evidence, STAMP, lender_lives=True)
+    assert rules.claim(back, another, STAMP).lender is None
+    assert rules.take_over(borrowed, another, evidence, STAMP).lender is None
+
+
 def test_a_base_is_not_claimed_while_others_read_through_it() -> None:
     base = rules.add_reader(FREE, TWO.host, "/vm/a", STAMP)
     base = rules.add_reader(base, ONE.host, "/vm/b", STAMP)
@@ -202,6 +220,10 @@ def test_the_last_epoch_is_the_end_and_not_the_first_again() -> None:
         (HELD, Holding("host-one", Policy.NEVER), 1, Said.REFUSED),
         (HELD, Holding("host-one", Policy.CLOSE, Work("op1", "mirror", 1, 2)), 1, Said.BUSY),
         (HELD, Holding("host-one", Policy.CLOSE, held_for=1, at_least=5), 1, Said.BUSY),
+        (HELD, Holding("host-one", Policy.CLOSE, held_for=5, at_least=5), 1, Said.ACCEPTED),
+        (HELD, Holding("host-one", Policy.LOAN), 1, Said.ACCEPTED),
+        (replace(HELD, lender=THREE), Holding("host-one", Policy.LOAN), 1, Said.REFUSED),
+        (replace(HELD, owner=TWO), Holding("host-two", Policy.LOAN), 1, Said.REFUSED),
         (RELEASING, Holding("host-one", Policy.CLOSE), 1, Said.ACCEPTED),
         (replace(RELEASING, request="r2"), Holding("host-one", Policy.CLOSE), 1, Said.BUSY),
         (replace(RELEASING, request="r2"), Holding("host-one", Policy.CLOSE), 7, Said.NOT_OWNER),

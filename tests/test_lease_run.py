@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -9,19 +10,23 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from promoter.errors import Refused
+from promoter.lease.claim import Acquisition, request
 from promoter.lease.file import LeaseFile
+from promoter.lease.host import this_host
 from promoter.lease.liveness import lock_on
-from promoter.lease.record import LeaseRecord, State
-from promoter.lease.rules import Lock, Policy
-from promoter.lease.run import RunSpec
+from promoter.lease.record import Answer, LeaseRecord, Said, State
+from promoter.lease.rules import GRANT_SECONDS, STOPPED_AFTER, Lock, Policy
+from promoter.lease.run import HOLD_AT_LEAST, LeasedRun, RunSpec
 from tests import records
+from tests.agents import ledger
 from tests.cli import Ran, ended, promoter, start
 from tests.vm import VM, Bus, Disk, ack_count, base, blank, linked_clone, wait_for
 
@@ -45,6 +50,7 @@ class LeasingHost:
     def run(self, disk: Path, policy: str, *words: object, **options: object) -> Running:
         options = {"policy": policy, "timeout": 60} | options
         given = [word for name, value in options.items() for word in (f"--{name}", value)]
+        given = [word for word in given if word is not None]  # a flag
         arguments = ("run", "--disk", disk, *given, "--json", "--", *words)
         process = start(self.state, *arguments, enter=self.enter)
         self.running.append(process)
@@ -448,3 +454,94 @@ def test_a_refused_run_has_claimed_nothing(hosts: Hosts, disk: Path) -> None:
     error: dict[str, Any] = json.loads(ran.out)
     assert (ran.code, error["error"]) == (4, "Refused")
     assert LeaseFile(disk).read() is None
+
+
+# --- by another clock ------------------------------------------------------------------------
+
+
+class Clocked:
+    """A ``promoter run`` in this process, on ``host``, by a clock that only `passes` moves."""
+
+    def __init__(self, host: LeasingHost, spec: RunSpec) -> None:
+        self.now = 0.0
+        self.told: list[tuple[str, str]] = []
+        run = LeasedRun(
+            spec, this_host(host.state), ledger(host.state), None, self._say, lambda: self.now
+        )
+        self.running = asyncio.create_task(run.run())
+
+    def _say(self, event: str, disk: Path, text: str) -> None:
+        self.told.append((event, text))
+
+    async def until(self, condition: Callable[[], bool], what: str) -> None:
+        await asyncio.to_thread(wait_for, condition, what, 60)
+
+    def has_said(self, event: str) -> bool:
+        return event in dict(self.told)
+
+    def passes(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_a_disk_that_has_just_come_is_not_given_away_again(
+    hosts: Hosts, disk: Path, tmp_path: Path
+) -> None:
+    """Who asks waits, and has it when it was held for long enough."""
+    a, b = hosts
+    command = tuple(map(str, export(disk, tmp_path / "nbd")))
+    heard: list[Answer] = []
+    me = this_host(b.state)
+    asking = Acquisition(LeaseFile(disk), me, me.owner(), heard=heard.append)
+
+    async def pass_on() -> LeaseRecord:
+        run = Clocked(a, RunSpec((disk,), command, Policy.CLOSE, None, 5))
+        await run.until(lambda: lock_on(disk) is Lock.HELD, "the export")
+        asked = asyncio.create_task(asyncio.to_thread(asking.run, 60))
+        await run.until(lambda: bool(heard), "an answer")
+        run.passes(HOLD_AT_LEAST - 0.5)
+        await run.until(lambda: len(heard) == 2, "another answer")
+        assert record(disk).epoch == 1
+        run.passes(0.5)
+        await run.running
+        return await asked
+
+    assert asyncio.run(pass_on()).owner == me.owner()
+    assert [answer.said for answer in heard[:2]] == [Said.BUSY, Said.BUSY]
+    assert [answer.retry_after for answer in heard[:2]] == [HOLD_AT_LEAST, 1]
+    assert {answer.why for answer in heard[:2]} == {"it has only just come here"}
+
+
+def test_a_loan_ends_when_it_is_not_fetched_or_its_borrower_is_silent(
+    hosts: Hosts, disk: Path, tmp_path: Path
+) -> None:
+    """Then the guest that waits has the disk again, and before that it has not."""
+    a, b = hosts
+    vm = VM(tmp_path, [Disk(disk, device="werror=stop,rerror=stop")], extra=["-S"])
+    command = ("setpriv", "--pdeathsig", "KILL", *vm.argv)
+    me, store = this_host(b.state), LeaseFile(disk)
+
+    async def lent_and_lost() -> None:
+        run = Clocked(a, RunSpec((disk,), command, Policy.LOAN, vm.monitor, 5))
+        for fetched, patience in ((False, GRANT_SECONDS), (True, STOPPED_AFTER)):
+            await run.until(lambda: lock_on(disk) is Lock.HELD, "the guest to have it")
+            run.passes(HOLD_AT_LEAST)
+            await asyncio.to_thread(request, store, me, None, 60, lambda _: None)
+            assert record(disk).state is State.LOANED
+            if fetched:
+                asking = Acquisition(store, me, me.owner(), borrow=True)
+                await asyncio.to_thread(asking.run, 5)
+            lent = record(disk)
+            await asyncio.sleep(1)  # it looks, several times
+            run.passes(patience - 1)
+            await asyncio.sleep(1)
+            assert (record(disk), lock_on(disk)) == (lent, Lock.FREE)
+            run.passes(1)
+            await run.until(partial(run.has_said, "returned"), "it to be returned")
+            run.told.clear()
+            assert (owner_of(disk), record(disk).lender) == (a.name, None)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await run.running
+
+    asyncio.run(lent_and_lost())
+    assert record(disk).state is State.FREE
+    shutil.rmtree(vm.monitor.parent)

@@ -474,6 +474,12 @@ class VM:
         shutil.rmtree(self._sockets)
 
     @property
+    def command(self) -> tuple[str, ...]:
+        """What runs QEMU: from a saved state where there can be one, else `argv`."""
+        saved = ("-incoming", f"exec:cat {self._saved.state()}") if self._saved else ()
+        return *self.argv, *saved
+
+    @property
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
@@ -488,8 +494,7 @@ class VM:
         for stale in self._sockets.iterdir():
             stale.unlink()
         with self.stderr.open("ab") as stderr:
-            saved = ("-incoming", f"exec:cat {self._saved.state()}") if self._saved else ()
-            command = (*NICE, "setpriv", "--pdeathsig", "KILL", *self.argv, *saved)
+            command = (*NICE, "setpriv", "--pdeathsig", "KILL", *self.command)
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr
             )

@@ -147,7 +147,8 @@ def acquire(disk: Disk, state: State, timeout: Timeout = 30, as_json: Json = Fal
         heard = voice.answer(store.disk)
         enter(store.disk, host)
         mine, credentials = host.owner(), Credentials.of(state)
-        record = Acquisition(store, host, mine, credentials=credentials, heard=heard).run(timeout)
+        asking = Acquisition(store, host, mine, credentials=credentials, heard=heard, borrow=True)
+        record = asking.run(timeout)
         voice.result(
             "lease acquire", store.disk, record, f"{store.disk}: {describe_record(record)}"
         )
@@ -239,6 +240,13 @@ def run(
     qmp: Annotated[
         Path | None, typer.Option(metavar="SOCKET", help="A monitor of the guest's.")
     ] = None,
+    borrow: Annotated[
+        bool,
+        typer.Option(
+            "--borrow",
+            help="Disks that are only lent will do: what a guest reads there stays as it is.",
+        ),
+    ] = False,
     timeout: Timeout = 30,
     as_json: Json = False,
 ) -> None:
@@ -253,7 +261,7 @@ def run(
         voice.event(event, f"promoter: {disk}: {event}: {text}", disk=disk, text=text)
 
     async def work() -> None:
-        spec = RunSpec(tuple(disks), tuple(command), policy, qmp, timeout)
+        spec = RunSpec(tuple(disks), tuple(command), policy, qmp, timeout, borrow)
         host = this_host(state)
         ledger, credentials = Ledger(state, host.name), Credentials.of(state)
         codes.append(await LeasedRun(spec, host, ledger, credentials, say).run())

@@ -63,7 +63,9 @@ class GuestView:
 
 @dataclass(frozen=True)
 class NodeSpec:
-    """An image to open as ``node``, with the node ``backing`` below it, None for nothing."""
+    """An image to open as ``node``, with the node ``backing`` below it, None for nothing; or with
+    what its header names there (``by_header``).
+    """
 
     node: str
     file: Path
@@ -71,6 +73,7 @@ class NodeSpec:
     options: DiskOptions
     backing: str | None = None
     read_only: bool = False
+    by_header: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ Source: QEMU's QMP reference (``blockdev-*``, ``job-*``, ``query-*``).
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import stat
 import struct
@@ -27,6 +28,7 @@ from qemu.qmp import (
     QMPError,
     Runstate,
 )
+from qemu.qmp.qmp_client import NegotiationError
 
 from promoter.blockjob import PAUSED, BlockJob, JobStatus
 from promoter.chain import Disk, DiskOptions
@@ -74,21 +76,7 @@ class QmpGuest:
         Raises `Unreachable` when nobody answers there as QMP within 3 seconds
         and `Refused` when the QEMU is older than 7.2.
         """
-        monitor = await asyncio.to_thread(_connect, path)
-        client = QMPClient(path.name, readbuflen=REPLY_LIMIT)
-        try:
-            async with asyncio.timeout(GREETING_TIMEOUT):
-                await client.connect(monitor)
-        except TimeoutError:
-            monitor.close()
-            raise _busy(path) from None
-        except ConnectError as error:
-            monitor.close()
-            raise Unreachable(
-                f"{path} does not speak QMP",
-                "Give the socket of a QMP monitor: qemu … -qmp unix:PATH,server=on,wait=off",
-            ) from error
-        guest = cls(path, monitor, client)
+        guest = cls(path, *await _negotiated(path))
         try:
             await view.check_version(guest._execute, guest.name)
         except BaseException:  # a cancellation too: nobody else can have the monitor meanwhile
@@ -136,6 +124,10 @@ class QmpGuest:
     async def look(self) -> GuestView:
         """The guest's disks, nodes and jobs as they are now."""
         return await view.take(self._execute, self.name, self._pid)
+
+    async def files(self) -> frozenset[str]:
+        """The files that the guest has open."""
+        return await view.files(self._execute, self._pid)
 
     async def attach(self, spec: NodeSpec) -> None:
         given = {"aio": spec.options.aio, "locking": spec.options.locking}
@@ -191,6 +183,39 @@ class QmpGuest:
                 data: Any = event["data"]
                 if data["path"] == device:
                     return
+
+    async def get(self, device: str, name: str) -> str:
+        """A property of a device, by its QOM path; "" where it has none of that name."""
+        try:
+            return str(await self._execute("qom-get", path=device, property=name))
+        except CommandFailed:
+            return ""
+
+    async def put_behind(self, device: str, node: str) -> None:
+        """Have a device, by its QOM path, work on another node from now on (``qom-set``).
+
+        What the guest has asked for already is done on the old one before.
+        """
+        await self._execute("qom-set", path=device, property="drive", value=node)
+
+    async def add_erring(self, node: str, size: int) -> None:
+        """Make a node of ``size`` bytes that fails whatever it is asked for, with EIO.
+
+        Source: QEMU's block/blkdebug.c; what a null-co alone is written, is gone.
+        """
+        await self._execute(
+            "blockdev-add",
+            driver="blkdebug",
+            node_name=node,
+            image={"driver": "null-co", "size": size},
+            inject_error=[{"event": "none", "errno": errno.EIO, "once": False}],
+        )
+
+    async def virtual_size(self, node: str) -> int:
+        """The size of a node in bytes, as a guest sees it."""
+        nodes = await self._execute("query-named-block-nodes", flat=True)
+        sizes = {entry["node-name"]: entry["image"]["virtual-size"] for entry in nodes}
+        return int(sizes[node])
 
     async def begin(self, spec: Start) -> None:
         if isinstance(spec, MirrorSpec):
@@ -387,7 +412,8 @@ def _common(options: DiskOptions) -> dict[str, object]:
 
 
 def _format_node(spec: NodeSpec) -> dict[str, object]:
-    backing: dict[str, object] = {} if spec.format == "raw" else {"backing": spec.backing}
+    spelled_out = spec.format != "raw" and not spec.by_header
+    backing: dict[str, object] = {"backing": spec.backing} if spelled_out else {}
     return {
         "driver": spec.format,
         "node_name": spec.node,
@@ -397,6 +423,31 @@ def _format_node(spec: NodeSpec) -> dict[str, object]:
         **backing,
         **_common(spec.options),
     }
+
+
+async def _negotiated(path: Path, tries: int = 3) -> tuple[socket.socket, QMPClient]:
+    """A connection, ready for commands.
+
+    An event of QEMU's may overtake its answer to ``qmp_capabilities``, which qemu.qmp takes for a
+    failure: a guest that has just stopped for an I/O error sends some.
+    """
+    monitor = await asyncio.to_thread(_connect, path)
+    client = QMPClient(path.name, readbuflen=REPLY_LIMIT)
+    try:
+        async with asyncio.timeout(GREETING_TIMEOUT):
+            await client.connect(monitor)
+    except TimeoutError:
+        monitor.close()
+        raise _busy(path) from None
+    except ConnectError as error:
+        monitor.close()
+        if tries > 1 and isinstance(error.exc, NegotiationError):
+            return await _negotiated(path, tries - 1)
+        raise Unreachable(
+            f"{path} does not speak QMP",
+            "Give the socket of a QMP monitor: qemu … -qmp unix:PATH,server=on,wait=off",
+        ) from error
+    return monitor, client
 
 
 def _connect(path: Path) -> socket.socket:

@@ -105,21 +105,33 @@ async def wait_for(
 
 
 async def _take(execute: Execute, pid: int | None) -> GuestView:
-    graph = BlockGraph(
-        await execute("query-named-block-nodes", flat=True),
-        await execute("x-debug-query-block-graph"),
-        Path(f"/proc/{pid}/cwd"),
+    """All questions at once: on a busy host each wait for an answer costs milliseconds."""
+    nodes, edges, entries, version, run_state, iothreads, block_jobs = await asyncio.gather(
+        execute("query-named-block-nodes", flat=True),
+        execute("x-debug-query-block-graph"),
+        execute("query-block"),
+        _version(execute),
+        status(execute),
+        execute("query-iothreads"),
+        jobs(execute),
     )
-    entries = await execute("query-block")
+    graph = BlockGraph(nodes, edges, Path(f"/proc/{pid}/cwd"))
+    inserted = [entry for entry in entries if "inserted" in entry]
     return GuestView(
-        version=await _version(execute),
-        status=await status(execute),
-        iothreads=bool(await execute("query-iothreads")),
-        disks=tuple([await _disk(execute, graph, e, pid) for e in entries if "inserted" in e]),
+        version=version,
+        status=run_state,
+        iothreads=bool(iothreads),
+        disks=tuple(await asyncio.gather(*(_disk(execute, graph, e, pid) for e in inserted))),
         nodes=graph.names,
         files=graph.files,
-        jobs=await jobs(execute),
+        jobs=block_jobs,
     )
+
+
+async def files(execute: Execute, pid: int | None) -> frozenset[str]:
+    """The files that the guest has open, as `GuestView.files`."""
+    nodes = await execute("query-named-block-nodes", flat=True)
+    return BlockGraph(nodes, {"nodes": [], "edges": []}, Path(f"/proc/{pid}/cwd")).files
 
 
 async def _version(execute: Execute) -> tuple[int, int, int]:

@@ -25,6 +25,8 @@ from promoter.lease.store import Asked, CouldNotTell
 
 LOOK_EVERY = 0.5
 ANSWER_EVERY = 0.1
+SHORT = 3.0
+"""Seconds for which a busy disk is waited for, though it was only asked for."""
 Heard = Callable[[Answer], None]
 
 
@@ -44,8 +46,11 @@ class Acquisition:
         credentials: Credentials | None = None,
         heard: Heard = _ignore,
         clock: Clock = boot_clock,
+        borrow: bool = False,
     ) -> None:
+        """``borrow``: a disk that is only lent will do."""
         self.store, self.host, self.owner = store, host, owner
+        self._borrow = borrow
         self._heard, self._clock = heard, clock
         self._asking = Asking(store, host, credentials)
         self._observer = Observer(store, store.disk, clock)
@@ -96,6 +101,9 @@ class Acquisition:
         newest = self.store.read()
         if newest is None or newest.nonce != claimed.nonce:
             raise CouldNotTell(f"{self.store.disk} was claimed and is another's", "Try again.")
+        if newest.lender and not self._borrow:
+            let_go(self.store, self.host)
+            raise only_lent(self.store, newest.lender)
         return newest
 
     def _is_mine(self, record: LeaseRecord) -> bool:
@@ -108,15 +116,18 @@ class Acquisition:
             if record is None:
                 return rules.create(self.store.identity(stamp.nonce), self.owner, stamp)
             unchanged = self._observer.unchanged(record)
-            evidence = self._observer.evidence(record)
+            waited = record.lender is not None and self.host.lives(record.lender)
             if record.state in (State.FREE, State.LOANED):
-                return rules.claim(record, self.owner, stamp, unchanged=unchanged)
+                return rules.claim(
+                    record, self.owner, stamp, unchanged=unchanged, lender_lives=waited
+                )
+            evidence = self._observer.evidence(record)
             if record.owner and record.owner.host == self.host.name:
                 alive = self.host.lives(record.owner) or self.host.works(record)
                 return rules.resume(
                     record, self.owner, stamp, process_alive=alive, lock=evidence.lock
                 )
-            return rules.take_over(record, self.owner, evidence, stamp)
+            return rules.take_over(record, self.owner, evidence, stamp, lender_lives=waited)
         return None
 
     def _ask(self, record: LeaseRecord) -> None:
@@ -217,16 +228,23 @@ def request(
 
 def _final_answer(asking: Asking, timeout: float, heard: Heard) -> Answer | None:
     last: Answer | None = None
-    deadline = boot_clock() + timeout
-    while boot_clock() < deadline:
+    end = deadline = boot_clock() + timeout
+    while boot_clock() < end:
         answer = asking.answer()
         if answer and answer != last:
             last = answer
             heard(answer)
-        if answer and answer.said is not Said.ACCEPTED:
+            soon = boot_clock() + (answer.retry_after or 0) + 1
+            end = min(deadline, soon) if _is_soon_free(answer) else deadline
+        if answer and answer.said is not Said.ACCEPTED and not _is_soon_free(answer):
             return answer
         asking.wait(asking.epoch + 1, ANSWER_EVERY)
     return last
+
+
+def _is_soon_free(answer: Answer) -> bool:
+    """Its owner judges it again by itself."""
+    return answer.said is Said.BUSY and (answer.retry_after or 0) <= SHORT
 
 
 def held(
@@ -269,6 +287,30 @@ def let_go(store: LeaseFile, host: Host, *, node_gone: bool = True) -> LeaseReco
         freed = rules.free(record, host.name, closed, new_stamp(), grant)
         if store.compare_and_swap(record.epoch, freed):
             return freed
+
+
+def lend(store: LeaseFile, host: Host, *, node_gone: bool) -> LeaseRecord:
+    """Mark a disk of ours lent, when it is proved closed, to the host that asked for it.
+
+    Raises `Illegal` when it is not closed, and `Refused` when nobody asks any more.
+    """
+    while True:
+        record = _existing(store)
+        if (grant := _grant(store, record)) is None:
+            raise Refused("nobody waits for it any more", "It stays with its guest.")
+        closed = Closed(node_gone, lock_on(store.disk) is Lock.FREE, idle=not host.works(record))
+        lent = rules.lend(record, host.name, closed, grant, new_stamp())
+        if store.compare_and_swap(record.epoch, lent):
+            return lent
+
+
+def only_lent(store: LeaseFile, lender: Owner) -> Refused:
+    """Why no guest may be run on a borrowed disk."""
+    return Refused(
+        f"{store.disk} is only lent, by {describe(lender)}: its guest waits for the same bytes",
+        "Read it, commit it or flatten it under: promoter run --borrow, or promoter lease acquire."
+        " It was given back.",
+    )
 
 
 def _grant(store: LeaseFile, record: LeaseRecord) -> Grant | None:

@@ -128,7 +128,8 @@ class LeaseFile:
         before = self.read_any()
         if (before.epoch if before else 0) != expected:
             return False
-        self.epochs.make()
+        if not expected:
+            self.epochs.make()
         data = encode(record)
         if not self.epochs.put_if_absent(_name(record.epoch), data):
             return False

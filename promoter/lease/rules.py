@@ -20,6 +20,7 @@ protocol; QEMU's block/file-posix.c for what the image lock is worth.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -44,6 +45,7 @@ from promoter.lease.record import (
 SUSPECT_AFTER = 30.0
 STOPPED_AFTER = 180.0
 GRANT_SECONDS = 30.0
+WAITED_FOR = "a guest of this host has lent it and waits for it"
 
 
 class Illegal(Refused):
@@ -117,17 +119,20 @@ def claim(
     *,
     unchanged: float = 0,
     through: Iterable[str] = (),
+    lender_lives: bool = False,
 ) -> LeaseRecord:
     """A free or loaned disk becomes the owner's.
 
     ``unchanged``: for how many seconds the claimant has seen this very record, which lets a
     grant to somebody else lapse. ``through``: overlays that the claimant may write below.
+    ``lender_lives``: the process that lent it runs here, and its guest waits for this disk.
     """
     _expect(_may_claim(record, owner.host, unchanged), f"it is granted to {_grantee(record)}")
     others = set(record.readers) - set(through)
     _expect(not others, f"{', '.join(sorted(others))} read through it")
     lender = record.lender
     if lender and lender.host == owner.host:
+        _expect(lender == owner or not lender_lives, WAITED_FOR)
         lender = None
     return _next(record, Step.CLAIM, stamp, owner=owner, lender=lender, grant=None, request=None)
 
@@ -187,15 +192,23 @@ def lend(record: LeaseRecord, host: str, closed: Closed, grant: Grant, stamp: St
     """The owner has closed the disk behind a guest that waits for it to come back."""
     _expect(_is_host(record.owner, host), "only its owner lends it")
     _expect(record.lender is None, "it is borrowed")
+    _expect(grant.host != host, "a loan is for another host")
     _expect_closed(closed)
     return _next(record, Step.LEND, stamp, owner=None, lender=record.owner, grant=grant)
 
 
-def take_over(record: LeaseRecord, owner: Owner, evidence: Evidence, stamp: Stamp) -> LeaseRecord:
+def take_over(
+    record: LeaseRecord,
+    owner: Owner,
+    evidence: Evidence,
+    stamp: Stamp,
+    *,
+    lender_lives: bool = False,
+) -> LeaseRecord:
     """The disk of an owner that may be dead becomes another's. A borrower's is its lender's.
 
     Where an operation was about to put another file in the disk's place, a free image lock does
-    not say that it will not: silence does not suffice there.
+    not say that it will not: silence does not suffice there. ``lender_lives``: as for `claim`.
     """
     _expect(evidence.epoch == record.epoch, "the evidence is of another epoch")
     found = verdict(evidence)
@@ -203,6 +216,7 @@ def take_over(record: LeaseRecord, owner: Owner, evidence: Evidence, stamp: Stam
     _expect(evidence.fenced or not record.alternate, CHANGING)
     lender = record.lender
     _expect(lender is None or lender.host == owner.host, "it is borrowed: its lender's to take")
+    _expect(lender in (None, owner) or not lender_lives, WAITED_FOR)
     return _next(record, Step.TAKE_OVER, stamp, owner=owner, lender=None, request=None)
 
 
@@ -466,6 +480,10 @@ def answer(
         return say(Said.NOT_OWNER)
     if request.epoch != record.epoch:
         return say(Said.NOT_OWNER, "the request is for another epoch")
+    if holding.policy is Policy.LOAN and record.lender:
+        return say(Said.REFUSED, "it is borrowed itself")
+    if holding.policy is Policy.LOAN and request.requester.host == holding.host:
+        return say(Said.REFUSED, "a loan is for another host")
     return _owners_answer(say, holding, roles)
 
 
@@ -478,7 +496,7 @@ def _owners_answer(say: Any, holding: Holding, roles: Collection[Role]) -> Answe
         progress = {"done": work.done, "total": work.total, "retry_after": 5}
         answered = say(Said.BUSY, work.name, **progress)
     elif holding.held_for < holding.at_least:
-        wait = holding.at_least - holding.held_for
+        wait = math.ceil(holding.at_least - holding.held_for)
         answered = say(Said.BUSY, "it has only just come here", retry_after=wait)
     else:
         answered = say(Said.ACCEPTED)

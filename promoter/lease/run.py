@@ -3,7 +3,8 @@
 It claims the disks, runs the command, beats, answers release requests that it finds on the
 storage (at once when the agent wakes it, by SIGURG), and frees the disks when the command has
 ended and their locks are free. Trouble with the storage never ends the guest: the image lock
-protects the disk, and others only wait.
+protects the disk, and others only wait. A disk that it has lent it claims again when the rules
+allow, for the guest that waits, as long as the lease names this very process as its lender.
 
 Killed itself, it leaves its command running and the leases held; the next ``promoter run`` on
 this host takes them up when nothing has the disks open.
@@ -21,19 +22,26 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import assert_never
+from typing import TypeVar, assert_never
 
 from promoter.errors import Cancelled, Interrupted, PromoterError, Refused
-from promoter.lease import rules
+from promoter.lease import claim, rules
 from promoter.lease.claim import Acquisition, let_go
 from promoter.lease.credentials import Credentials, Untrusted
 from promoter.lease.file import LeaseFile
 from promoter.lease.host import HELD_BY, Host, held_by, new_stamp
 from promoter.lease.ledger import Ledger
-from promoter.lease.liveness import BEAT_EVERY, Heartbeat, lock_on
+from promoter.lease.liveness import BEAT_EVERY, Clock, Heartbeat, boot_clock, lock_on
 from promoter.lease.readers import enter
 from promoter.lease.record import Answer, LeaseRecord, Request, Said, State, Work
-from promoter.lease.release import DiskBusy, detach, shut_down
+from promoter.lease.release import (
+    DiskBusy,
+    Loan,
+    detach,
+    lend,
+    shut_down,
+    take_back,
+)
 from promoter.lease.rules import Holding, Lock, Policy
 from promoter.lease.store import Asked
 
@@ -41,16 +49,21 @@ ANSWER_EVERY = 0.25
 PATIENCE = 120.0
 """Seconds for a guest to go down, or to give up a disk, when it is asked to."""
 RETRY_AFTER = 5.0
+HOLD_AT_LEAST = 2.0
+"""Seconds for which a disk that has just come is not given away again."""
 LOCKING_OFF = re.compile(r"\blocking\W{1,5}off\b")
 OLD_EPOCHS = 16
 FINAL = (Said.REFUSED, Said.RELEASED)
+NEED_MONITOR = (Policy.SHUTDOWN, Policy.DETACH, Policy.LOAN)
 Say = Callable[[str, Path, str], None]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class RunSpec:
     """What to run, and how to let go of its disks. ``monitor`` is a QMP socket of its own;
-    ``timeout`` is for each disk's owner to let go, in seconds.
+    ``timeout`` is for each disk's owner to let go, in seconds. ``borrow``: disks that are only lent
+    will do, since the command leaves the guest-visible bytes as they are.
     """
 
     disks: tuple[Path, ...]
@@ -58,6 +71,7 @@ class RunSpec:
     policy: Policy
     monitor: Path | None
     timeout: float
+    borrow: bool = False
 
     def check(self) -> None:
         """Raises `Refused` when the policy cannot be followed."""
@@ -66,12 +80,7 @@ class RunSpec:
                 "the command turns QEMU's image lock off",
                 "The lock is what stops a guest that a lease cannot stop. Leave locking=off out.",
             )
-        if self.policy is Policy.LOAN:
-            raise Refused(
-                "promoter run cannot lend a disk yet",
-                "Its policies are never, shutdown, detach and close.",
-            )
-        if self.policy in (Policy.SHUTDOWN, Policy.DETACH) and self.monitor is None:
+        if self.policy in NEED_MONITOR and self.monitor is None:
             raise Refused(
                 f"the policy {self.policy} needs the guest's monitor",
                 "Give it: --qmp SOCKET, and to QEMU: -qmp unix:SOCKET,server=on,wait=off",
@@ -88,8 +97,10 @@ class LeasedRun:
         ledger: Ledger,
         credentials: Credentials | None,
         say: Say,
+        clock: Clock = boot_clock,
     ) -> None:
         spec.check()
+        self._clock = clock
         self.spec, self.host, self.say = spec, host, say
         self.ledger, self.credentials = ledger, credentials
         self.owner = host.owner(process=os.getpid(), guest=_guest_name(spec))
@@ -102,6 +113,10 @@ class LeasedRun:
         self._stopping = False
         self._asked: asyncio.Queue[LeaseFile] = asyncio.Queue()
         self._held: list[LeaseFile] = []
+        self._since: dict[LeaseFile, float] = {}
+        self._lent: dict[LeaseFile, tuple[Loan, Acquisition]] = {}
+        self._lending = asyncio.Lock()
+        self._trouble: dict[LeaseFile, str] = {}
         self._bells = {store: asyncio.Event() for store in self.stores}
         self._said: dict[str, Answer] = {}
         self._writing = threading.Lock()  # an answer and the record it is about go together
@@ -119,7 +134,7 @@ class LeasedRun:
             await asyncio.to_thread(self._enter)
             for store in self.stores:
                 await self._acquire(store)
-                self._held.append(store)
+                self._came(store)
             return await self._supervise()
         finally:
             await self._free()
@@ -152,17 +167,26 @@ class LeasedRun:
         except PromoterError as error:
             self.say("trouble", disk, error.message)
 
-    def _alone(self, act: Callable[..., None], *arguments: object) -> None:
+    def _alone(self, act: Callable[..., Result], *arguments: object) -> Result:
         with self._writing:
-            act(*arguments)
+            return act(*arguments)
 
     async def _acquire(self, store: LeaseFile) -> None:
         heard = self._heard(store)
         self._acquisition = Acquisition(
-            store, self.host, self.owner, credentials=self.credentials, heard=heard
+            store,
+            self.host,
+            self.owner,
+            credentials=self.credentials,
+            heard=heard,
+            borrow=self.spec.borrow,
         )
         record = await asyncio.to_thread(self._acquisition.run, self.spec.timeout)
         self.say("acquired", store.disk, f"epoch {record.epoch}")
+
+    def _came(self, store: LeaseFile) -> None:
+        self._held.append(store)
+        self._since[store] = self._clock()
 
     def _enter(self) -> None:
         for store in self.stores:
@@ -203,6 +227,7 @@ class LeasedRun:
         while True:
             bell.clear()
             await self._tolerantly(store.disk, partial(self._alone, self._answer_all, store))
+            await self._bring_back(store)
             with suppress(TimeoutError):
                 await asyncio.wait_for(bell.wait(), ANSWER_EVERY)
 
@@ -240,7 +265,9 @@ class LeasedRun:
         return Work(record.operation.id, f"{record.operation.kind} {record.operation.id}")
 
     def _judge(self, store: LeaseFile, record: LeaseRecord, request: Request) -> Answer:
-        holding = Holding(self.host.name, self.spec.policy, self._work(store, record))
+        held_for = self._clock() - self._since.get(store, 0)
+        work = self._work(store, record)
+        holding = Holding(self.host.name, self.spec.policy, work, held_for, HOLD_AT_LEAST)
         answer = rules.answer(record, request, holding)
         if self.credentials is None or answer.said is Said.NOT_OWNER:
             return answer
@@ -298,16 +325,20 @@ class LeasedRun:
                 gone = await detach(self.spec.monitor, store.disk)
                 free = partial(self._free_one, store, node_gone=gone)
                 await asyncio.to_thread(self._alone, free)
-            case Policy.NEVER | Policy.LOAN:
+            case Policy.LOAN:
+                await self._lend(store, self.spec.monitor)
+            case Policy.NEVER:
                 raise AssertionError(f"nothing is given by {self.spec.policy}")
             case other:
                 assert_never(other)
 
     async def _keep(self, store: LeaseFile, said: Said, why: str) -> None:
         """The disk stays; with a guest that does not end, all of its disks do."""
-        staying = [store] if self.spec.policy is Policy.DETACH else self._held
+        alone = self.spec.policy in (Policy.DETACH, Policy.LOAN)
+        staying = [store] if alone else self._held
         for kept in staying:
             await self._tolerantly(kept.disk, partial(self._alone, self._keep_one, kept, said, why))
+            self._bells[kept].set()
 
     def _keep_one(self, store: LeaseFile, said: Said, why: str) -> None:
         record = store.read()
@@ -327,9 +358,81 @@ class LeasedRun:
                 answer = Answer(asked.request.id, said, record.epoch, why, later)
                 self._answer(store, asked, answer)
 
+    # --- loans ---
+
+    async def _lend(self, store: LeaseFile, monitor: Path | None) -> None:
+        """Have the guest wait for a disk that goes to another host. Where that fails and the disk
+        is kept, `_bring_back` puts things right.
+        """
+        assert monitor, "checked"
+        async with self._lending:
+            record = await asyncio.to_thread(store.read)
+            assert record and record.request, "it is releasing"
+            begins = partial(self._begin_loan, store)
+            gone = await lend(monitor, store.disk, record.request[:8], begins)
+            marking = partial(self._lend_one, store, node_gone=gone)
+            await asyncio.to_thread(self._alone, marking)
+
+    def _begin_loan(self, store: LeaseFile, loan: Loan) -> None:
+        back = Acquisition(store, self.host, self.owner, clock=self._clock)
+        self._lent[store] = loan, back
+
+    def _lend_one(self, store: LeaseFile, *, node_gone: bool) -> None:
+        lent = claim.lend(store, self.host, node_gone=node_gone)
+        assert lent.grant, "the rule saw to it"
+        self._held.remove(store)
+        self.say("lent", store.disk, f"epoch {lent.epoch} to host {lent.grant.host}")
+        self._answer_served(store, lent, Said.RELEASED)
+
+    async def _bring_back(self, store: LeaseFile) -> None:
+        """Claim a disk that was lent when it may be, and give it to the guest that waits."""
+        if store in self._lent:
+            async with self._lending:
+                await self._return(store, *self._lent[store])
+
+    async def _return(self, store: LeaseFile, loan: Loan, back: Acquisition) -> None:
+        try:
+            if not await asyncio.to_thread(self._alone, self._claim_back, store, back):
+                return
+            assert self.spec.monitor, "checked"
+            await take_back(self.spec.monitor, loan)
+        except PromoterError as error:
+            if self._trouble.get(store) != error.message:
+                self._trouble[store] = error.message
+                self.say("trouble", store.disk, error.message)
+            return
+        del self._lent[store]
+        self._trouble.pop(store, None)
+        self.say("returned", store.disk, "the guest has it again")
+
+    def _claim_back(self, store: LeaseFile, back: Acquisition) -> bool:
+        """Is it ours again? Not if others could have had it who owe us nothing: the guest knows
+        what was on it.
+        """
+        record = store.read()
+        if record and record.owner == self.owner:
+            return record.state is State.HELD  # else it is being kept
+        if store in self._held:  # it is lent, though whether it would be could not be told
+            self._held.remove(store)
+        if record is None or record.lender != self.owner:
+            raise Refused(
+                "its lease says no more that this guest waits for it: it stays without",
+                "End the guest, and run it anew.",
+            )
+        if (mine := back.attempt(record)) is None:
+            return False
+        self._came(store)
+        self.say("acquired", store.disk, f"epoch {mine.epoch}")
+        return True
+
     # --- the end ---
 
     async def _free(self) -> None:
+        for store, (_, back) in self._lent.items():  # what has come back, but no guest is left for
+            claiming = partial(self._alone, self._claim_back, store, back)
+            await self._tolerantly(store.disk, claiming)
+            if store not in self._held:
+                self.say("trouble", store.disk, "it is still lent; it goes back to this host")
         for store in tuple(self._held):
             await self._wait_until_closed(store)
             await self._tolerantly(store.disk, partial(self._alone, self._free_one, store))
