@@ -197,6 +197,11 @@ def test_a_domains_promotion_is_verified_while_it_writes(
     case = Case(libvirtd, tmp_path)
     with case.domain as domain:
         domain.wait_for_acks(60)
+        with file_system("ext4", tmp_path, 200 * MIB) as small:
+            words = ["promote", *domain.address, "--target-dir", small, "--dry-run"]
+            assert promoter(case.state, *words).code == 0
+            refused = promoter(case.state, *words, "--verify")
+            assert (refused.code, "leave out --verify" in refused.err) == (4, True), refused
         promoted = promoter(case.state, "promote", *domain.address, "--verify", "--json")
         assert promoted.code == 0, promoted.out
         (disk,) = promoted.result["disks"]

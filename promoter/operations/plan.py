@@ -86,7 +86,7 @@ async def make_plan(
         if disk.key in changed:
             check_verify(guest, view, disk)
     check_targets(intents)
-    check_space(intents)
+    check_space(intents, views=choices.verify and isinstance(guest, Domain))
     await asyncio.to_thread(check_leases, intents, choices.old, guest.pid, state)
     address = DomainAddress(guest.uri, guest.uuid) if isinstance(guest, Domain) else None
     return Plan(

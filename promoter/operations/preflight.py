@@ -421,17 +421,20 @@ def check_targets(intents: list[DiskIntent]) -> None:
         )
 
 
-def check_space(intents: list[DiskIntent]) -> None:
+def check_space(intents: list[DiskIntent], *, views: bool) -> None:
+    """Is there room? With ``views`` also for all that a guest could overwrite meanwhile: libvirt's
+    backup has its writes fail where there is none.
+    """
     needed: dict[int, int] = defaultdict(int)
     places: dict[int, Path] = {}
     for intent in (intent for intent in intents if not intent.names.remote):
         place = intent.names.target.parent
         device = place.stat().st_dev
-        needed[device] += intent.required
+        needed[device] += intent.required + views * intent.chain.active.virtual_size
         places[device] = place
     for device, required in needed.items():
         if (free := free_bytes(places[device])) < required:
             raise Refused(
                 f"not enough space in {places[device]}: {required:,} bytes needed, {free:,} free",
-                "Make room, or choose another --target.",
+                f"Make room, {'leave out --verify, ' * views}or choose another --target.",
             )
