@@ -16,7 +16,7 @@ from tests.test_siblings import find
 from tests.vm import MIB, VM, Disk, base, blank, linked_clone
 
 SEEDS = range(600)
-MORE_SEEDS = [
+HEADERS = [
     *range(60),
     *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(60, 2000)),
 ]
@@ -42,7 +42,7 @@ def halted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VM]:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_chain_is_shown_or_it_is_said_why_not(halted: VM, tmp_path: Path, seed: int) -> None:
     ran = fuzzed(tmp_path, seed, 11, "chain", halted.monitor)
-    assert ran.code in (0, 3, 4), ran
+    assert ran.code in (0, 3, 4, 6), ran  # 6: QEMU refused a command
 
 
 @pytest.mark.sampled(60)
@@ -70,7 +70,7 @@ def test_whatever_is_heard_in_a_promotion_one_disk_is_the_true_one(
     assert all(".aside-" in name for name in left), left
 
 
-@pytest.mark.parametrize("seed", MORE_SEEDS)
+@pytest.mark.parametrize("seed", HEADERS)
 def test_no_header_that_qemu_understands_hides_a_reader(tmp_path: Path, seed: int) -> None:
     """A sibling's header is changed; whatever QEMU then still reads through it is listed."""
     rng = random.Random(seed)

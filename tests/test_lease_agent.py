@@ -483,7 +483,8 @@ def test_a_request_that_was_served_is_not_served_again(
     with agent(a.state):
         with ThreadPoolExecutor(6) as pool:
             sent = [pool.submit(exchange, address_of(a.state), client(b.state), data)] * 6
-            assert {status(future.result()) for future in sent} <= {200, 409}
+            answers = {status(future.result()) for future in sent}
+            assert answers <= {200, 409, 423}  # it is busy until it has had the disk for a while
         assert running.end().code == 0
         freed = record(disk)
         assert (freed.epoch, freed.state) == (3, State.FREE)
