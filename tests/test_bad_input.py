@@ -219,12 +219,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 
 @contextmanager
-def listener(path: Path, converse: Callable[[socket.socket], None]) -> Iterator[Path]:
-    """Somebody who listens on `path` and does `converse` with the first who comes."""
+def listener(path: Path, *conversations: Callable[[socket.socket], None]) -> Iterator[Path]:
+    """Somebody who listens on `path` and has one conversation with each who comes."""
 
     def serve() -> None:
-        with suppress(OSError), server.accept()[0] as client:
-            converse(client)
+        for converse in conversations:
+            with suppress(OSError), server.accept()[0] as client:
+                converse(client)
 
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
@@ -355,8 +356,8 @@ def test_a_guest_that_is_shutting_down_is_not_promoted(tmp_path: Path) -> None:
         assert_error(ran, 3, "shutting down")
 
 
-def qemu_of(version: str) -> Callable[[socket.socket], None]:
-    """A QEMU that only has a version: no disk, no job."""
+def qemu_of(version: str, before: bytes = b"") -> Callable[[socket.socket], None]:
+    """A QEMU that only has a version: no disk, no job. Says something ``before`` each answer."""
     major, minor, micro = map(int, version.split("."))
     number = {"qemu": {"major": major, "minor": minor, "micro": micro}, "package": ""}
     greeting = {"QMP": {"version": number, "capabilities": []}}
@@ -373,7 +374,7 @@ def qemu_of(version: str) -> Callable[[socket.socket], None]:
             asked = json.loads(data)
             reply = {"return": replies.get(asked["execute"], [])}
             reply |= {key: asked[key] for key in asked if key == "id"}
-            client.sendall(b"%s\r\n" % json.dumps(reply).encode())
+            client.sendall(b"%s%s\r\n" % (before, json.dumps(reply).encode()))
 
     return converse
 
@@ -392,6 +393,16 @@ def test_a_qemu_that_cannot_do_it_is_refused(tmp_path: Path, version: str, said:
     ):
         ran = promoter(tmp_path / "state", "promote", path)
     assert_error(ran, 4, re.escape(version), said)
+
+
+def test_an_event_before_the_first_answer_is_no_reason_to_give_up(tmp_path: Path) -> None:
+    event = b'{"event": "STOP", "timestamp": {"seconds": 1, "microseconds": 0}}\r\n'
+    with (
+        short_directory() as directory,
+        listener(directory / "monitor", qemu_of("7.1.9", event), qemu_of("7.1.9")) as path,
+    ):
+        ran = promoter(tmp_path / "state", "promote", path)
+    assert_error(ran, 4, re.escape("7.1.9"))
 
 
 # --- refusals ------------------------------------------------------------------------------

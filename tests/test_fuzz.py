@@ -16,6 +16,7 @@ from tests.test_siblings import find
 from tests.vm import MIB, VM, Disk, base, blank, linked_clone
 
 SEEDS = range(600)
+NONSENSE_FOR_GOOD = 314
 HEADERS = [
     *range(60),
     *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(60, 2000)),
@@ -42,11 +43,11 @@ def halted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VM]:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_chain_is_shown_or_it_is_said_why_not(halted: VM, tmp_path: Path, seed: int) -> None:
     ran = fuzzed(tmp_path, seed, 11, "chain", halted.monitor)
-    assert ran.code in (0, 3, 4, 6), ran  # 6: QEMU refused a command
+    assert ran.code in (0, 3, 4), ran
 
 
 @pytest.mark.sampled(60)
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", [NONSENSE_FOR_GOOD, *SEEDS])
 def test_whatever_is_heard_in_a_promotion_one_disk_is_the_true_one(
     tmp_path: Path, seed: int
 ) -> None:
@@ -57,7 +58,9 @@ def test_whatever_is_heard_in_a_promotion_one_disk_is_the_true_one(
         fuzzed(state, seed, 80, "promote", vm.monitor)
         vm.wait_for_acks(20)
         resumed = promoter(state, "job", "resume")
-        assert resumed.code == 0, resumed
+        if resumed.code:  # it was put back, for the reason that it tells
+            assert (resumed.code, "unchanged on its old chain" in resumed.err) == (6, True), resumed
+            assert promoter(state, "job", "resume").code == 0
         assert vm.qmp("query-jobs") == []
         vm.wait_for_acks(20)
         vm.kill()

@@ -126,6 +126,7 @@ class LibvirtGuest:
 
         register = partial(self._connection.domainEventRegisterAny, self._domain)
         register(libvirt.VIR_DOMAIN_EVENT_ID_BLOCK_JOB_2, later(self._on_job), None)
+        register(libvirt.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED, later(self._on_backup), None)
         register(libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, later(self._on_lifecycle), None)
         self._connection.registerCloseCallback(later(self._on_close), None)
         self._connection.setKeepAlive(KEEPALIVE, KEEPALIVES)
@@ -134,6 +135,9 @@ class LibvirtGuest:
         if kind in JOBS and status in ENDINGS:
             ended = BlockJob(disk, JOBS[kind], JobStatus.CONCLUDED, error=ENDINGS[status])
             self._ended[disk] = ended
+        self._changed.set()
+
+    def _on_backup(self, *_: object) -> None:
         self._changed.set()
 
     def _on_lifecycle(self, _: object, event: int, _detail: int, _opaque: object) -> None:
@@ -408,8 +412,9 @@ class LibvirtGuest:
     async def end_view(self) -> None:
         await self._call(self._domain.abortJob)
         async with asyncio.timeout(LONGEST_ABORT):
-            while await self._call(self._job_type):  # noqa: ASYNC110 - its event has no such end
-                await asyncio.sleep(view.TICK)
+            while await self._call(self._job_type):
+                await view.news(self._changed)
+                self._changed.clear()
 
     def _job_type(self) -> int:
         return int(self._domain.jobInfo()[0])

@@ -23,10 +23,12 @@ from typing import Any
 from qemu.qmp import (
     ConnectError,
     EventListener,
+    ExecInterruptedError,
     ExecuteError,
     QMPClient,
     QMPError,
     Runstate,
+    StateError,
 )
 from qemu.qmp.qmp_client import NegotiationError
 
@@ -118,8 +120,10 @@ class QmpGuest:
             raise CommandFailed(f"{self.name}: {command}: {error}") from error
         except TimeoutError as error:
             raise ConnectionLost(f"{self.name}: no answer to {command}") from error
-        except (QMPError, EOFError, OSError, ValueError, TypeError) as error:
+        except (ExecInterruptedError, StateError, EOFError, OSError) as error:
             raise ConnectionLost(f"{self.name}: the monitor closed during {command}") from error
+        except (QMPError, ValueError, TypeError) as error:
+            raise ConnectionLost(f"{self.name}: the answer to {command} is no QMP") from error
 
     async def look(self) -> GuestView:
         """The guest's disks, nodes and jobs as they are now."""

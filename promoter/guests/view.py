@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 from promoter.blockjob import ENDED, BlockJob, JobStatus
 from promoter.chain import Disk, DiskOptions
-from promoter.errors import Refused
+from promoter.errors import Refused, Unreachable
 from promoter.guests.base import CommandFailed, ConnectionLost, GuestView
 from promoter.guests.cmdline import given
 from promoter.guests.graph import BlockGraph
@@ -34,7 +34,9 @@ class Execute(Protocol):
 def sensible(
     function: Callable[Arguments, Coroutine[Any, Any, Answer]],
 ) -> Callable[Arguments, Coroutine[Any, Any, Answer]]:
-    """Where QEMU's answers are not of QMP's shape, the connection counts as lost."""
+    """Where QEMU's answers are not of QMP's shape, the connection counts as lost; where it does
+    not answer a question, the guest cannot be looked at.
+    """
 
     @wraps(function)
     async def checked(*arguments: Arguments.args, **named: Arguments.kwargs) -> Answer:
@@ -42,6 +44,8 @@ def sensible(
             return await function(*arguments, **named)
         except NONSENSE as error:
             raise ConnectionLost(f"QEMU's answers make no sense: {error!r}") from error
+        except CommandFailed as error:
+            raise Unreachable(error.message, error.hint) from error
 
     return checked
 
@@ -99,9 +103,14 @@ async def wait_for(
         if now is None or now.status in wanted or now.status in ENDED:
             return now
         tick(now)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(TICK):
-                await changed.wait()
+        await news(changed)
+
+
+async def news(changed: asyncio.Event) -> None:
+    """Wait for an event, but not for long: what it tells of can be asked for."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(TICK):
+            await changed.wait()
 
 
 async def _take(execute: Execute, pid: int | None) -> GuestView:

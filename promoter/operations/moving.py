@@ -99,6 +99,7 @@ from promoter.values import to_json
 MOST_REPLANS = 3
 CANCELED = "Operation canceled"
 LONGEST_DEATH = 5.0
+MOST_LOST = 10
 MOST_PAUSES = 10
 STOPPABLE = frozenset({Do.SEED, Do.AWAIT_READY, Do.VERIFY})
 FORWARD = frozenset({Do.SEED, Do.MIRROR, Do.AWAIT_READY, Do.PREPARE, Do.SWITCH_OVER})
@@ -288,15 +289,19 @@ class MoveOperation:
         """One look at the guest, or None when it is certainly gone."""
         patience = LONGEST_ABSENCE if self.intent.domain else LONGEST_DEATH
         deadline = time.monotonic() + patience
+        lost = 0
         while True:
             try:
                 self._guest = self._guest or await self._connect(self.intent)
                 return await self._guest.look()
-            except ConnectionLost:
-                await self._let_go()
             except NoGuest:
                 return None
             except Unreachable as error:
+                if isinstance(error, ConnectionLost):
+                    await self._let_go()
+                    lost += 1
+                    if lost < MOST_LOST:
+                        continue
                 if not self.intent.domain and not await asyncio.to_thread(self._in_use):
                     return None
                 if time.monotonic() > deadline:
