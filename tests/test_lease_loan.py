@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -262,16 +263,16 @@ def test_a_guest_does_not_get_a_disk_back_that_was_others_meanwhile(
 @pytest.mark.parametrize(
     ("given", "why"),
     [
-        ({"bus": Bus.SCSI}, "needs werror=stop,rerror=stop"),
-        ({"bus": Bus.VIRTIO, "device": STOPPING, "iothread": True}, "has iothreads"),
-        ({"bus": Bus.VIRTIO, "device": STOPPING, "iops": 100}, "throttled"),
+        (partial(Disk, bus=Bus.SCSI), "needs werror=stop,rerror=stop"),
+        (partial(Disk, device=STOPPING, iothread=True), "has iothreads"),
+        (partial(Disk, device=STOPPING, iops=100), "throttled"),
     ],
 )
 def test_a_disk_that_could_not_come_back_as_it_was_is_not_lent(
-    hosts: Hosts, tmp_path: Path, given: dict[str, object], why: str
+    hosts: Hosts, tmp_path: Path, given: Callable[[Path], Disk], why: str
 ) -> None:
     disk = blank(tmp_path / "disk.qcow2", MIB)
-    vm = VM(tmp_path, [Disk(disk, **given)], extra=["-S"])  # type: ignore[arg-type]
+    vm = VM(tmp_path, [given(disk)], extra=["-S"])
     command = ["setpriv", "--pdeathsig", "KILL", *vm.argv]
     running = hosts[0].run(disk, "loan", *command, qmp=vm.monitor)
     wait_until_open(disk, hosts[0])

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -252,8 +253,8 @@ class World:
     def writing(self) -> bool:
         return self.alive and not self.standing and self.seen.job is not Job.PENDING
 
-    def with_seen(self, **changes: object) -> World:
-        return replace(self, seen=replace(self.seen, **changes))  # type: ignore[arg-type]
+    def with_seen(self, **changes: Any) -> World:
+        return replace(self, seen=replace(self.seen, **changes))
 
     def running(self) -> World:
         """The guest writes: only the disk that it writes to has every write.

@@ -56,6 +56,27 @@ def clone_with_a_delta(directory: Path) -> Path:
     return clone
 
 
+TakeSpace = Callable[[VM, Path, subprocess.Popen[str]], Path]
+
+
+@contextmanager
+def waiting_for_room(
+    directory: Path, take_space: TakeSpace, hang: str = ""
+) -> Iterator[tuple[VM, Path, Path, subprocess.Popen[str]]]:
+    """A guest, its new disk, what took the space for that, and the promotion, which waits."""
+    clone = clone_with_a_delta(directory / "images")
+    with (
+        mounted(directory / "small", "size=128m") as small,
+        VM(directory, [Disk(clone)], writer=BUSY) as vm,
+    ):
+        vm.wait_for_acks(1)
+        words = ("--target-dir", small, "--speed", "20M", "--json")
+        with promoting(directory / "state", vm, *words, hang=hang) as process:
+            filler = take_space(vm, small, process)
+            read_until(process, WAITS)
+            yield vm, small / clone.name, filler, process
+
+
 @pytest.mark.parametrize(
     ("take_space", "hang"),
     [
@@ -65,45 +86,25 @@ def clone_with_a_delta(directory: Path) -> Path:
     ],
 )
 def test_without_room_it_waits_and_goes_on_when_there_is_some(
-    tmp_path: Path, take_space: Callable[[VM, Path, subprocess.Popen[str]], Path], hang: str
+    tmp_path: Path, take_space: TakeSpace, hang: str
 ) -> None:
-    clone = clone_with_a_delta(tmp_path / "images")
-    with (
-        mounted(tmp_path / "small", "size=128m") as small,
-        VM(tmp_path, [Disk(clone)], writer=BUSY) as vm,
-    ):
-        vm.wait_for_acks(1)
-        words = ("--target-dir", small, "--speed", "20M", "--json")
-        with promoting(tmp_path / "state", vm, *words, hang=hang) as process:
-            filler = take_space(vm, small, process)
-            read_until(process, WAITS)
-            vm.wait_for_acks(50)
-            filler.unlink()
-            ran = ended(process)
+    with waiting_for_room(tmp_path, take_space, hang) as (vm, target, filler, process):
+        vm.wait_for_acks(50)
+        filler.unlink()
+        ran = ended(process)
         assert ran.code == 0, ran
         assert only_job(tmp_path / "state")["status"] == "done"
-        prove(vm, small / clone.name)
+        prove(vm, target)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("take_space", [fill_in_the_seed, fill_in_the_mirror])
-def test_who_waits_for_room_can_be_cancelled(
-    tmp_path: Path, take_space: Callable[[VM, Path, subprocess.Popen[str]], Path]
-) -> None:
-    clone = clone_with_a_delta(tmp_path / "images")
-    with (
-        mounted(tmp_path / "small", "size=128m") as small,
-        VM(tmp_path, [Disk(clone)], writer=BUSY) as vm,
-    ):
-        vm.wait_for_acks(1)
-        words = ("--target-dir", small, "--speed", "20M", "--json")
-        with promoting(tmp_path / "state", vm, *words) as process:
-            filler = take_space(vm, small, process)
-            read_until(process, WAITS)
-            process.send_signal(signal.SIGINT)
-            ran = ended(process)
+def test_who_waits_for_room_can_be_cancelled(tmp_path: Path, take_space: TakeSpace) -> None:
+    with waiting_for_room(tmp_path, take_space) as (vm, target, filler, process):
+        process.send_signal(signal.SIGINT)
+        ran = ended(process)
         assert ran.code == 7, ran
-        assert list(small.iterdir()) == [filler]
+        assert list(target.parent.iterdir()) == [filler]
         assert vm.qmp("query-jobs") == []
         vm.wait_for_acks(50)
 

@@ -202,6 +202,14 @@ def corrupt(path: Path, at: int, what: bytes) -> None:
         file.write(what)
 
 
+def test_a_backing_files_name_ends_at_its_nul_as_it_does_for_qemu(base: Path, clone: Path) -> None:
+    sibling = linked_clone(base, base.with_name("sibling.qcow2"))
+    corrupt(sibling, 16, (300).to_bytes(4, "big"))  # the name's length
+    shown = json.loads(qemu_img("info", "--output=json", "-f", "qcow2", sibling))
+    assert shown["full-backing-filename"] == str(base)
+    assert readers(clone, base) == [sibling]
+
+
 def test_what_makes_no_sense_is_named_and_nothing_hangs(base: Path, clone: Path) -> None:
     place = base.parent
     linked_clone(base, place / "endless-name.qcow2")

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
+import subprocess
+import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from promoter.chain import Image
+from promoter.storage.images import compare, nbd
+from promoter.storage.pace import Pace
 from tests import records
 from tests.cli import ended, promoter, start
 from tests.domains import Libvirtd
 from tests.test_libvirt import Case
-from tests.vm import MIB, VM, Disk, base, blank, chain, file_system, linked_clone, qemu_img
+from tests.vm import (
+    MIB,
+    VM,
+    Disk,
+    base,
+    blank,
+    chain,
+    file_system,
+    linked_clone,
+    qemu_img,
+    wait_for,
+)
 
 
 def nodes(vm: VM) -> set[str]:
@@ -53,6 +70,23 @@ def test_a_promotion_is_verified_while_the_guest_writes(tmp_path: Path, qemu: st
         report.raise_if_bad()
         vm.start()
         vm.wait_for_acks(20)
+
+
+def test_a_comparison_reads_no_faster_than_it_may(tmp_path: Path) -> None:
+    """Two hundred MiB of the old chain, at a hundred a second; the other side comes over NBD."""
+    size, socket = 200 * MIB, tmp_path / "nbd"
+    old, new = (blank(tmp_path / name, size) for name in ("old.qcow2", "new.qcow2"))
+    for image in (old, new):
+        subprocess.run(["qemu-io", "-c", f"write -q -P 7 0 {size}", str(image)], check=True)
+    serve = ["qemu-nbd", "-k", str(socket), "-r", "-t", "-f", "qcow2", "-x", "new", str(new)]
+    chain_of_old = (Image("old", "qcow2", old, "file", "file", size, size),)
+    with subprocess.Popen(serve) as server:
+        wait_for(socket.exists, "qemu-nbd", 10)
+        began = time.monotonic()
+        comparing = compare(chain_of_old, nbd(socket, "new"), Pace(100 * MIB), lambda _: None)
+        assert asyncio.run(comparing) == ""
+        assert time.monotonic() - began > 1.5
+        server.terminate()
 
 
 def plant(target: Path, image_format: str) -> int:

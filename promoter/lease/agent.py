@@ -155,7 +155,7 @@ class Agent:
                 connection, (address, *_) = await loop.sock_accept(listening)
             except OSError as error:  # no descriptors left, or the client is gone again
                 self._say_trouble("accept", str(error))
-                await asyncio.sleep(CLOSED_YET_EVERY)
+                await asyncio.sleep(CLOSED_YET_EVERY)  # or it would be tried, and fail, at once
                 continue
             many = self._addresses[address] >= MOST_FROM_ONE_ADDRESS
             if many or self._addresses.total() >= MOST_CONNECTIONS:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import http.client
 import ssl
 import threading
-import time
 from contextlib import suppress
 
 from promoter.errors import Refused
@@ -35,40 +34,36 @@ class Bell:
 
     def __init__(self, credentials: Credentials, ledger: Ledger | None) -> None:
         self._credentials, self._ledger = credentials, ledger
-        self._answered = threading.Event()
-        self._request: Request | None = None
+        self._over = threading.Event()
+        self._over.set()
 
     @property
     def rings(self) -> bool:
         """Is somebody asked, who has not answered?"""
-        return self._request is not None
+        return not self._over.is_set()
 
     def ring(self, owner: Owner, disk: str, request: Request) -> None:
         """Wake the owner of a disk, if it has an agent."""
+        self._over.set()  # for whoever was asked before
         if owner.endpoint is None:
-            self._request = None
             return
-        self._request = request
-        self._answered.clear()
-        threading.Thread(
-            target=self._ring, args=(owner, disk, request), name="bell", daemon=True
-        ).start()
+        self._over = threading.Event()
+        asking = (owner, disk, request, self._over)
+        threading.Thread(target=self._ring, args=asking, name="bell", daemon=True).start()
 
     def wait(self, timeout: float) -> None:
         """Until the agent has answered or cannot; ``timeout`` seconds at most."""
-        self._answered.wait(timeout)
+        self._over.wait(timeout)
 
-    def _ring(self, owner: Owner, disk: str, request: Request) -> None:
+    def _ring(self, owner: Owner, disk: str, request: Request, over: threading.Event) -> None:
         try:
-            while self._request is request and self._ask(owner, disk, request) == STILL_ACCEPTED:
-                time.sleep(AGAIN)  # it has waited for us; one that did not is not hurried
+            while not over.is_set() and self._ask(owner, disk, request) == STILL_ACCEPTED:
+                over.wait(AGAIN)  # it has waited for us; one that did not is not hurried
         except (OSError, http.client.HTTPException, Refused) as error:
             if self._ledger:
                 about = {"host": owner.host, "endpoint": owner.endpoint}
                 self._ledger.refused(f"the owner's agent was of no use: {error}", **about)
-        if self._request is request:  # else somebody else is asked by now
-            self._request = None
-            self._answered.set()
+        over.set()
 
     def _ask(self, owner: Owner, disk: str, request: Request) -> int:
         assert owner.endpoint, "looked at by ring"

@@ -25,7 +25,7 @@ from pathlib import Path
 from promoter.chain import FileStamp, Image
 from promoter.errors import NoSpace, Refused
 from promoter.storage import images
-from promoter.storage.files import stamp, sync
+from promoter.storage.files import stamp, sync, write_behind
 from promoter.storage.images import LONGEST_NAP, Backing, Report
 from promoter.storage.pace import Pace
 
@@ -310,6 +310,7 @@ def _finish(spec: SeedSpec) -> None:
     with suppress(OSError):  # there is none, or not on this file system; libvirt labels again
         os.setxattr(spec.part, LABEL, os.getxattr(spec.like, LABEL))
     sync(spec.part)
+    write_behind(spec.part)
     sync(spec.part.parent)
 
 

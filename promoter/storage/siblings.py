@@ -35,9 +35,9 @@ from pathlib import Path
 
 from promoter.chain import BackingChain, Disk, FileId, Image
 from promoter.storage.files import QEMU_PERMISSION_BYTES, QEMU_UNSHARED_BYTES
+from promoter.storage.images import QCOW2_MAGIC
 from promoter.storage.names import MERGED
 
-MAGIC = b"QFI\xfb"
 HEADER_SIZE = 4096
 SHORTEST, V3_SHORTEST = 72, 104
 LONGEST_NAME, FARTHEST_NAME = 1023, 1 << 21  # in the first cluster
@@ -356,7 +356,7 @@ def _named_below(path: Path) -> Iterator[str]:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
         header = os.pread(fd, HEADER_SIZE, 0)
-        if header[:4] != MAGIC:
+        if header[:4] != QCOW2_MAGIC:
             return
         version, offset, size = struct.unpack_from(">IQI", header, 4)
         if version not in (1, 2, 3) or size > LONGEST_NAME or offset > FARTHEST_NAME:
