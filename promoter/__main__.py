@@ -1,5 +1,20 @@
-"""``python -m promoter`` is the ``promoter`` command."""
+"""``promoter``, and ``python -m promoter``. Its version is told without loading its commands."""
 
-from promoter.cli.main import app
+from __future__ import annotations
 
-app()
+import sys
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--version"]:
+        from promoter.guests.versions import versions
+
+        sys.stdout.write(versions())
+    else:
+        from promoter.cli.main import app
+
+        app()
+
+
+if __name__ == "__main__":
+    main()

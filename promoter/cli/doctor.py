@@ -11,7 +11,7 @@ import typer
 from promoter.cli import run
 from promoter.cli.lease import Voice
 from promoter.cli.output import Output
-from promoter.cli.tree import human_bytes
+from promoter.cli.units import human_bytes
 from promoter.errors import PromoterError
 from promoter.guests import connect
 from promoter.guests.base import Guest

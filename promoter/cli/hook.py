@@ -11,7 +11,6 @@ import typer
 from promoter.cli import run as running
 from promoter.cli.lease import Json, State, Timeout, Voice
 from promoter.cli.output import choose
-from promoter.lease import hook
 from promoter.lease.credentials import Credentials
 from promoter.lease.host import this_host
 from promoter.lease.ledger import Ledger
@@ -34,6 +33,8 @@ def install(
     A domain whose disk another host holds and keeps does not start. Restart libvirtd once
     after this: it looks for hooks when it starts.
     """
+    from promoter.lease import hook
+
     voice = Voice(as_json=as_json)
 
     async def work() -> None:
@@ -59,6 +60,7 @@ def run(
     timeout: Timeout = 30,
 ) -> None:
     """What libvirt calls. It says what it has to say on standard error, which libvirt shows."""
+    from promoter.lease import hook
 
     async def work() -> None:
         domain, host = hook.parse(sys.stdin.read()), this_host(state)

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from promoter.cli import run as running
 from promoter.cli.output import choose
-from promoter.cli.tree import human_bytes
+from promoter.cli.units import human_bytes
 from promoter.lease import claim
 from promoter.lease.claim import Acquisition, describe
 from promoter.lease.credentials import Credentials
@@ -25,7 +23,6 @@ from promoter.lease.ledger import Ledger
 from promoter.lease.readers import enter, forget
 from promoter.lease.record import Answer, LeaseRecord
 from promoter.lease.rules import Policy
-from promoter.lease.run import LeasedRun, RunSpec
 from promoter.operations.journal import state_directory
 
 lease_app = typer.Typer(help="Who may open a disk.", no_args_is_help=True)
@@ -51,14 +48,11 @@ class Voice:
     def __init__(self, *, as_json: bool, stderr: bool = False) -> None:
         self._as_json = as_json
         self._stream = sys.stderr if stderr else sys.stdout
-        self._console = Console(stderr=stderr, highlight=False, soft_wrap=True)
 
     def event(self, event: str, line: str, **fields: Any) -> None:
         if self._as_json:
-            self._stream.write(json.dumps({"event": event, **fields}, default=str) + "\n")
-            self._stream.flush()
-        else:
-            self._console.print(escape(line))
+            line = json.dumps({"event": event, **fields}, default=str)
+        print(line, file=self._stream, flush=True)
 
     def result(self, operation: str, disk: Path, record: LeaseRecord | None, line: str) -> None:
         lease = asdict(record) if record else None
@@ -254,6 +248,8 @@ def run(
 
     The exit code is the command's. What promoter says goes to standard error.
     """
+    from promoter.lease.run import LeasedRun, RunSpec
+
     voice = Voice(as_json=as_json, stderr=True)
     codes: list[int] = []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +9,8 @@ from typing import Annotated
 import typer
 
 from promoter.cli import agent, hook, lease, run
-from promoter.cli.doctor import Doctor
 from promoter.cli.output import choose
+from promoter.cli.units import parse_cluster_size, parse_duration, parse_speed
 from promoter.guests.base import DEFAULT_URI
 from promoter.operations import consolidate as consolidation
 from promoter.operations import promote as promotion
@@ -21,7 +20,6 @@ from promoter.operations.move import Choices, CopyMode, Loss, Old, OnFull
 from promoter.storage.seed import LEAST_EXTENDED, Preallocation, SeedMethod
 
 app = typer.Typer(
-    help="Change the disks of virtual machines while they run.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -32,14 +30,6 @@ app.add_typer(lease.lease_app, name="lease")
 app.add_typer(agent.agent_app, name="agent")
 app.add_typer(hook.hook_app, name="hook")
 app.command("run")(lease.run)
-
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-FASTEST = 2**62  # QEMU counts in 64 bits
-SIZE = re.compile(r"([0-9]{1,7})([KM]?)(?:i?B)?", re.IGNORECASE)
-CLUSTER_SIZES = frozenset(2**power for power in range(9, 22))
-DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s)")
-LEAST_PAUSE, LONGEST_PAUSE = 0.05, 30.0
-SPEED = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMGT]?)(?:i?B)?(?:/s)?", re.IGNORECASE)
 
 
 class Seed(StrEnum):
@@ -59,18 +49,6 @@ class Format(StrEnum):
     RAW = "raw"
 
 
-def parse_cluster_size(text: str) -> int:
-    """Bytes from ``64k`` or ``2M``."""
-    found = SIZE.fullmatch(text.strip())
-    size = int(found[1]) * UNITS[found[2].upper()] if found else 0
-    if size not in CLUSTER_SIZES:
-        raise typer.BadParameter(
-            f"{text!r} is not a cluster size: a power of two from 512 to 2M",
-            param_hint="--cluster-size",
-        )
-    return size
-
-
 def _check_layout(
     image_format: Format,
     cluster_size: str | None,
@@ -82,31 +60,6 @@ def _check_layout(
             raise typer.BadParameter("a raw image has no clusters and no metadata")
     elif extended_l2 and cluster_size and parse_cluster_size(cluster_size) < LEAST_EXTENDED:
         raise typer.BadParameter("--extended-l2 needs a --cluster-size of 16k or more")
-
-
-def parse_duration(text: str) -> float:
-    """Seconds from ``500ms`` or ``2s``."""
-    found = DURATION.fullmatch(text.strip())
-    seconds = float(found[1]) / (1000 if found[2] == "ms" else 1) if found else 0
-    if not LEAST_PAUSE <= seconds <= LONGEST_PAUSE:
-        raise typer.BadParameter(
-            f"{text!r} is not a duration from {LEAST_PAUSE:g}s to {LONGEST_PAUSE:g}s,"
-            " such as 500ms or 2s",
-            param_hint="--max-pause",
-        )
-    return seconds
-
-
-def parse_speed(text: str, where: str = "--speed") -> int:
-    """Bytes per second from ``100M``, ``1.5GiB/s`` or ``0`` (no limit)."""
-    found = SPEED.fullmatch(text.strip())
-    speed = int(float(found[1]) * UNITS[found[2].upper()]) if found else FASTEST + 1
-    if speed > FASTEST:
-        raise typer.BadParameter(
-            f"{text!r} is not a rate. Examples: 50M, 1.5GiB/s, 0 for no limit",
-            param_hint=where,
-        )
-    return speed
 
 
 Guest = Annotated[str, typer.Argument(help="A libvirt domain, or the path of a QMP socket.")]
@@ -162,6 +115,29 @@ State = Annotated[
         show_default="/var/lib/promoter, or ~/.local/state/promoter",
     ),
 ]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from promoter.guests.versions import versions
+
+        typer.echo(versions(), nl=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_show_version,
+            is_eager=True,
+            help="Show promoter's version, and QEMU's and libvirt's on this host.",
+        ),
+    ] = False,
+) -> None:
+    """Change the disks of virtual machines while they run."""
 
 
 @app.command()
@@ -410,6 +386,8 @@ def doctor(
     The exit code is that of the gravest: 8 images, or pictures of them, that do not agree; 9 half
     done; 3 not reachable; 10 a lease; 5 no space; 4 promoter would refuse.
     """
+    from promoter.cli.doctor import Doctor
+
     output = choose(as_json=as_json, quiet=False, verbose=False)
     visit = Doctor(guest, connect, state, output, as_json=as_json).visit(repair=repair)
     run.finish(visit, output)

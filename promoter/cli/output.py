@@ -1,8 +1,6 @@
-"""How operations are shown: live bars, plain lines, or one JSON object a line.
+"""One command's voice: one JSON object a line, or what terminal.py makes of it.
 
-With ``--json`` nothing but JSON goes to standard output. Off a terminal there
-are plain lines; ``NO_COLOR`` is honoured. Errors name the file, say why and
-give the next step.
+With ``--json`` nothing but JSON goes to standard output, and rich is not loaded.
 """
 
 from __future__ import annotations
@@ -13,52 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, TaskID, TextColumn
-from rich.progress import Progress as Bars
-from rich.table import Table
-
 from promoter.blockjob import Progress
-from promoter.cli.tree import chain_fields, human_bytes, tree
+from promoter.chain import Disk, Image
 from promoter.errors import PromoterError, as_fields, from_fields
 from promoter.guests.base import GuestView
 from promoter.operations.backup import KIND, Copied
-from promoter.operations.journal import Entry, OperationStatus, Step
-from promoter.operations.move import DiskIntent, Kind, Way
+from promoter.operations.journal import Entry, Step
 from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import Plan
 from promoter.operations.verify import cost
 from promoter.storage.siblings import Siblings
 from promoter.values import from_builtins
-
-LINE_EVERY = 5.0
-NOTHING = {
-    Kind.PROMOTE: "it has no backing file",
-    Kind.CONSOLIDATE: "no layer below is known to be this guest's alone (--base LAYER names one)",
-    Kind.SNAPSHOT: "it is read-only",
-}
-BECAME = {
-    Way.MIRROR: "has a new disk now",
-    Way.COMMIT: "is merged",
-    Way.COMMIT_BELOW: "has fewer layers now",
-    Way.SNAPSHOT: "goes on in an overlay",
-}
-ASKED = {
-    "pause": "paused; the guest runs on. Go on: promoter job resume",
-    "go on": "goes on",
-    "cancel": "asked to go back; a switchover that has begun still goes through",
-}
-LOG_WIDTH = 500
-
-
-def human_seconds(seconds: float | None) -> str:
-    """A duration for people."""
-    if seconds is None:
-        return "?"
-    if seconds < 1:
-        return f"{seconds * 1000:.1f} ms"
-    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 class Output(Protocol):
@@ -155,221 +118,6 @@ class JsonOutput:
         pass
 
 
-class PlainOutput:
-    """Lines for a log: each phase when it begins, every few seconds, and at its end."""
-
-    def __init__(self, *, quiet: bool, verbose: bool) -> None:
-        self.console = _console(quiet=quiet)
-        self.errors = _console(stderr=True)
-        self._verbose = verbose
-        self._said: dict[tuple[str, str], float] = {}
-
-    def chains(self, guest: str, view: GuestView, siblings: Siblings | None) -> None:
-        self.console.print(tree(guest, view, siblings))
-
-    def operations(self, entries: Sequence[Entry]) -> None:
-        table = Table("ID", "OPERATION", "GUEST", "STATUS", "STARTED", "RESULT", box=None)
-        for entry in entries:
-            texts = (entry.id, entry.kind, entry.guest, entry.status, entry.started)
-            table.add_row(*map(escape, (*texts, entry.result or "")))
-        self.console.print(table)
-
-    def operation_steps(self, entry: Entry, steps: Sequence[Step]) -> None:
-        self.operations([entry])
-        table = Table("STEP", "ACTION", "STARTED", "ENDED", "OUTCOME", box=None)
-        for step in steps:
-            texts = (step.action, step.started, step.ended or "", step.outcome or "")
-            table.add_row(str(step.number), *map(escape, texts))
-        self.console.print(table)
-        if entry.status is OperationStatus.INTERRUPTED:
-            self.console.print(f"Continue: promoter job resume {entry.id}")
-
-    def speed(self, operation: str, speed: int) -> None:
-        limit = f"{human_bytes(speed)}/s" if speed else "none"
-        self.console.print(f"{operation}: limit for each disk is now {limit}")
-
-    def asked(self, operation: str, request: str) -> None:
-        self.console.print(f"{operation}: {ASKED[request]}")
-
-    def plan(self, plan: Plan, *, dry_run: bool) -> None:
-        for name in plan.nothing_to_do:
-            self.console.print(f"{escape(name)}: nothing to do, {NOTHING[plan.move.kind]}")
-        for disk, free in zip(plan.move.disks, plan.free, strict=True):
-            room = "" if free is None else f", {human_bytes(free)} free"
-            self.console.print(
-                f"{escape(disk.name)}: {escape(_intention(disk))},"
-                f" needs {human_bytes(disk.required)}{room}{_verification(plan, disk)}"
-            )
-        for warning in plan.warnings:
-            self.console.print(f"note: {escape(warning)}")
-        if dry_run:
-            self.console.print("dry run: nothing was changed")
-
-    def step(self, operation: str, action: str) -> None:
-        if self._verbose:
-            self.console.print(f"step: {action}")
-
-    def progress(self, operation: str, disk: str, phase: str, progress: Progress) -> None:
-        last = self._said.get((disk, phase))
-        done = progress.done >= progress.total
-        if last is not None and progress.elapsed - last < LINE_EVERY and not done:
-            return
-        self._said[disk, phase] = progress.elapsed
-        self.console.print(f"{escape(disk)}: {phase} {describe(progress)}")
-
-    def result(self, result: dict[str, Any], reports: Sequence[DiskReport]) -> None:
-        for report in reports:
-            self._summary(Kind(result["operation"]), report)
-        if reports and not result["guest_alive"]:
-            self.console.print("note: the guest is gone; its next boot has the new disk")
-
-    def backups(self, result: dict[str, Any], copied: Sequence[Copied]) -> None:
-        for each in copied:
-            rows = [
-                ("", f"[bold]{escape(each.disk)} is backed up: {escape(str(each.file))}"),
-                ("takes", human_bytes(each.allocated_bytes)),
-                ("lies on", escape(str(each.since or "nothing"))),
-                ("took", human_seconds(each.duration_s)),
-                ("stood still for the snapshot", human_seconds(each.snapshot_s)),
-                *_frozen(each.frozen_s),
-                ("stood still for the merge", human_seconds(each.switchover_s)),
-                ("verified", "yes"),
-            ]
-            self._table(rows)
-
-    def _table(self, rows: Sequence[tuple[str, str]]) -> None:
-        table = Table(box=None, show_header=False, pad_edge=False)
-        for name, text in rows:
-            table.add_row(name, text)
-        self.console.print(table)
-
-    def _summary(self, operation: Kind, report: DiskReport) -> None:
-        copied = (report.seeded_bytes or 0) + (report.mirrored_bytes or 0)
-        rate = copied / report.duration_s if report.duration_s else 0
-        became = "is a full clone now" if operation is Kind.PROMOTE else BECAME[report.way]
-        rows = [("", f"[bold]{escape(report.disk)} {became}: {escape(str(report.target))}")]
-        if report.way is not Way.SNAPSHOT:
-            seeded = human_bytes(report.seeded_bytes)
-            seed = f"seed by {report.seed} {seeded}, " if report.seed else ""
-            rows.append(
-                (
-                    "copied",
-                    f"{human_bytes(copied)} in {human_seconds(report.duration_s)}"
-                    f" ({human_bytes(rate)}/s): {seed}delta {human_bytes(report.mirrored_bytes)}",
-                )
-            )
-        if report.start_pause_s is not None:
-            pause = f"{human_seconds(report.start_pause_s)}, for a bug of this QEMU"
-            rows.append(("stopped for the mirror's start", pause))
-        if report.switchover_s is not None:
-            rows.append(("guest's I/O stood still", human_seconds(report.switchover_s)))
-        rows += _frozen(report.frozen_s)
-        if report.way is Way.MIRROR:
-            rows.append(("verified", _verified(report)))
-        if report.way is Way.SNAPSHOT:
-            rows.append(("frozen", escape(str(report.source))))
-        for index, file in enumerate(report.kept):
-            rows.append(("" if index else "old overlay", escape(str(file))))
-        if report.spare:
-            rows.append(("second name", f"{escape(str(report.spare))}, until this QEMU ends"))
-        self._table(rows)
-
-    def error(self, error: PromoterError) -> None:
-        self.errors.print(f"[bold red]error:[/] {escape(error.message)}")
-        if error.hint:
-            self.errors.print(f"  {escape(error.hint)}")
-
-    def close(self) -> None:
-        pass
-
-
-class LiveOutput(PlainOutput):
-    """Bars on a terminal, one per disk."""
-
-    def __init__(self, *, verbose: bool) -> None:
-        super().__init__(quiet=False, verbose=verbose)
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
-        self._bars = Bars(*columns, console=self.console)
-        self._tasks: dict[str, TaskID] = {}
-
-    def progress(self, operation: str, disk: str, phase: str, progress: Progress) -> None:
-        if disk not in self._tasks:
-            self._bars.start()
-            self._tasks[disk] = self._bars.add_task(escape(disk), text="")
-        self._bars.update(
-            self._tasks[disk],
-            description=f"{escape(disk)} {phase}",
-            completed=progress.done,
-            total=max(progress.total, 1),
-            text=describe(progress),
-        )
-
-    def result(self, result: dict[str, Any], reports: Sequence[DiskReport]) -> None:
-        self._bars.stop()
-        super().result(result, reports)
-
-    def backups(self, result: dict[str, Any], copied: Sequence[Copied]) -> None:
-        self._bars.stop()
-        super().backups(result, copied)
-
-    def close(self) -> None:
-        self._bars.stop()
-
-
-def _console(*, quiet: bool = False, stderr: bool = False) -> Console:
-    """A console that never breaks a path in a log."""
-    console = Console(quiet=quiet, stderr=stderr, highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = LOG_WIDTH
-    return console
-
-
-def _frozen(seconds: float | None) -> list[tuple[str, str]]:
-    """The row that says for how long the guest's file systems were frozen, if they were."""
-    return [] if seconds is None else [("file systems frozen", human_seconds(seconds))]
-
-
-def _verification(plan: Plan, disk: DiskIntent) -> str:
-    if not plan.move.choices.verify:
-        return ""
-    return f", then reads up to {human_bytes(cost(disk))} to verify"
-
-
-def _verified(report: DiskReport) -> str:
-    if report.verified:
-        return f"yes: {human_bytes(report.verified_bytes)} are the same"
-    return f"no: {escape(report.unverified)}" if report.unverified else "no"
-
-
-def describe(progress: Progress) -> str:
-    """Bytes, rate and time to go; and how the guest's writes stand against that."""
-    text = (
-        f"{human_bytes(progress.done)} of {human_bytes(progress.total)},"
-        f" {human_bytes(progress.rate)}/s, {human_seconds(progress.eta)} to go"
-    )
-    if progress.dirtied:
-        text += f", the guest rewrites {human_bytes(progress.dirtied)}/s"
-    if progress.limit is not None:
-        text += f", slowed to {human_bytes(progress.limit)}/s"
-    return text
-
-
-def _intention(disk: DiskIntent) -> str:
-    """What is to become of a disk."""
-    old, new = disk.names.path, disk.names.path if disk.names.in_place else disk.names.target
-    match disk.way:
-        case Way.MIRROR:
-            layers = len(disk.chain.below) - disk.kept
-            above = f" above {disk.chain.images[-disk.kept].file}" if disk.kept else ""
-            return f"{old} -> {new}{above}, {layers} below, seed by {disk.method}"
-        case Way.COMMIT | Way.COMMIT_BELOW:
-            merged = ", ".join(str(image.file) for image in disk.gone)
-            return f"{merged} -> {disk.names.target}, by one commit"
-        case Way.SNAPSHOT:
-            frozen = f", frozen as {disk.names.aside}" if disk.names.in_place else ""
-            return f"{old} -> {new}{frozen}"
-
-
 def plan_fields(plan: Plan) -> dict[str, Any]:
     """A plan for ``--json``. Sizes in bytes."""
     move = plan.move
@@ -420,6 +168,46 @@ def choose(*, as_json: bool, quiet: bool, verbose: bool) -> Output:
     """JSON if asked for, bars on a terminal, else lines."""
     if as_json:
         return JsonOutput()
-    if not quiet and Console().is_terminal:
-        return LiveOutput(verbose=verbose)
-    return PlainOutput(quiet=quiet, verbose=verbose)
+    from promoter.cli import terminal
+
+    return terminal.choose(quiet=quiet, verbose=verbose)
+
+
+def chain_fields(guest: str, view: GuestView, siblings: Siblings | None) -> dict[str, Any]:
+    """A guest's chains for ``--json``. Sizes in bytes."""
+    return {
+        "operation": "chain",
+        "guest": guest,
+        "status": view.status,
+        "exit_code": 0,
+        "not_looked_into": [asdict(item) for item in siblings.unreadable] if siblings else None,
+        "disks": [
+            {
+                "disk": disk.name,
+                "read_only": disk.read_only,
+                "jobs": disk.jobs,
+                "chain": [
+                    {
+                        **asdict(image),
+                        "shared_by": shared_by(view, disk, image),
+                        "read_by": [asdict(reader) for reader in siblings.of(disk, image)]
+                        if siblings
+                        else None,
+                    }
+                    for image in disk.chain
+                ],
+                "libvirt": asdict(disk.libvirt) if disk.libvirt else None,
+                "differences": disk.differences,
+            }
+            for disk in view.disks
+        ],
+    }
+
+
+def shared_by(view: GuestView, disk: Disk, image: Image) -> list[str]:
+    """The guest's other disks that read through the same file."""
+    return [
+        other.name
+        for other in view.disks
+        if other.key != disk.key and image.file and image.file in [i.file for i in other.chain]
+    ]

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
 
 from rich.markup import escape
 from rich.tree import Tree
 
 from promoter.chain import Disk, Image
+from promoter.cli.output import shared_by
+from promoter.cli.units import human_bytes
 from promoter.guests.base import GuestView
 from promoter.storage.siblings import Reader, Siblings
 
 MOST_LINES = 6
-
-
-def human_bytes(count: float | None) -> str:
-    """A size for people, in binary units."""
-    if count is None:
-        return "?"
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def tree(guest: str, view: GuestView, siblings: Siblings | None) -> Tree:
@@ -61,46 +50,6 @@ def _outside(siblings: Siblings | None, disk: Disk, image: Image) -> list[Reader
     """The readers that are not the guest's own disks."""
     found = siblings.of(disk, image) if siblings else ()
     return [reader for reader in found if reader.disk is None]
-
-
-def chain_fields(guest: str, view: GuestView, siblings: Siblings | None) -> dict[str, Any]:
-    """The same for ``--json``. Sizes in bytes."""
-    return {
-        "operation": "chain",
-        "guest": guest,
-        "status": view.status,
-        "exit_code": 0,
-        "not_looked_into": [asdict(item) for item in siblings.unreadable] if siblings else None,
-        "disks": [
-            {
-                "disk": disk.name,
-                "read_only": disk.read_only,
-                "jobs": disk.jobs,
-                "chain": [
-                    {
-                        **asdict(image),
-                        "shared_by": shared_by(view, disk, image),
-                        "read_by": [asdict(reader) for reader in siblings.of(disk, image)]
-                        if siblings
-                        else None,
-                    }
-                    for image in disk.chain
-                ],
-                "libvirt": asdict(disk.libvirt) if disk.libvirt else None,
-                "differences": disk.differences,
-            }
-            for disk in view.disks
-        ],
-    }
-
-
-def shared_by(view: GuestView, disk: Disk, image: Image) -> list[str]:
-    """The guest's other disks that read through the same file."""
-    return [
-        other.name
-        for other in view.disks
-        if other.key != disk.key and image.file and image.file in [i.file for i in other.chain]
-    ]
 
 
 def _describe(image: Image, shared: list[str]) -> str:

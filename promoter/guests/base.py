@@ -36,6 +36,9 @@ class AgentSilent(JobFailed):
     """The guest agent did not answer in time; whether it does what it was asked is unknown."""
 
 
+Version = tuple[int, int, int]
+
+
 @dataclass(frozen=True)
 class GuestView:
     """One look at a guest. ``status`` is QAPI's ``RunState``, or "shutoff" for a domain that
@@ -43,7 +46,7 @@ class GuestView:
     definition names, by disk; None for a transient one and for plain QEMU.
     """
 
-    version: tuple[int, int, int]
+    version: Version
     status: str
     iothreads: bool
     disks: tuple[Disk, ...]

@@ -47,6 +47,7 @@ from promoter.guests.base import (
     RunningCopy,
     SnapshotSpec,
     Start,
+    Version,
 )
 
 DEFINITION = libvirt.VIR_DOMAIN_XML_INACTIVE
@@ -87,6 +88,7 @@ class LibvirtGuest:
         self._changed = asyncio.Event()
         self._gone = asyncio.Event()
         self._ended: dict[str, BlockJob] = {}
+        self._version: Version | None = None
 
     @classmethod
     async def connect(cls, name: str, uri: str, *, running: bool = True) -> LibvirtGuest:
@@ -180,8 +182,8 @@ class LibvirtGuest:
         if not await self._call(self._domain.isActive):
             nothing = (frozenset[str](), dict[str, BlockJob](), frozenset[str]())
             return GuestView((0, 0, 0), SHUTOFF, False, (), *nothing, defined)
-        await view.check_version(self._query, self.name)
-        seen = await view.take(self._query, self.name, self._pid)
+        self._version = self._version or await view.version(self._query, self.name)
+        seen = await view.take(self._query, self.name, self._pid, self._version)
         live = _disks(await self._resolved(0))
         jobs = {name: job for name in live if (job := await self.job(name))}
         disks = tuple(_named(disk, live, defined or {}) for disk in seen.disks)

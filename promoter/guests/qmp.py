@@ -64,6 +64,7 @@ class QmpGuest:
         self._monitor = monitor
         self._client = client
         self._pid = _peer_pid(monitor)
+        self._version = (0, 0, 0)
         self._agent: Agent | None = None
         self._times: dict[tuple[str, JobStatus], float] = {}
         self._changed = asyncio.Event()
@@ -80,7 +81,7 @@ class QmpGuest:
         """
         guest = cls(path, *await _negotiated(path))
         try:
-            await view.check_version(guest._execute, guest.name)
+            guest._version = await view.version(guest._execute, guest.name)
         except BaseException:  # a cancellation too: nobody else can have the monitor meanwhile
             await guest.close()
             raise
@@ -127,7 +128,10 @@ class QmpGuest:
 
     async def look(self) -> GuestView:
         """The guest's disks, nodes and jobs as they are now."""
-        return await view.take(self._execute, self.name, self._pid)
+        look = view.take(self._execute, self.name, self._pid, self._version)
+        seen: GuestView
+        seen, jobs = await asyncio.gather(look, view.jobs(self._execute))
+        return replace(seen, jobs=jobs)
 
     async def files(self) -> frozenset[str]:
         """The files that the guest has open."""

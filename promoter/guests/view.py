@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 from promoter.blockjob import ENDED, BlockJob, JobStatus
 from promoter.chain import Disk, DiskOptions
 from promoter.errors import Refused, Unreachable
-from promoter.guests.base import CommandFailed, ConnectionLost, GuestView
+from promoter.guests.base import CommandFailed, ConnectionLost, GuestView, Version
 from promoter.guests.cmdline import given
 from promoter.guests.graph import BlockGraph
 
@@ -51,24 +51,27 @@ def sensible(
 
 
 @sensible
-async def check_version(execute: Execute, name: str) -> None:
-    """Raises `Refused` when the QEMU is older than 7.2."""
-    if (version := await _version(execute)) < OLDEST:
+async def version(execute: Execute, name: str) -> Version:
+    """QEMU's version. Raises `Refused` when it is older than 7.2."""
+    qemu = (await execute("query-version"))["qemu"]
+    found = (qemu["major"], qemu["minor"], qemu["micro"])
+    if found < OLDEST:
         raise Refused(
-            f"{name} runs QEMU {'.'.join(map(str, version))}; promoter needs 7.2 or newer",
+            f"{name} runs QEMU {'.'.join(map(str, found))}; promoter needs 7.2 or newer",
             "Move the guest to a newer QEMU first.",
         )
+    return found
 
 
 @sensible
-async def take(execute: Execute, name: str, pid: int | None) -> GuestView:
-    """The guest's disks, nodes and jobs as they are now.
+async def take(execute: Execute, name: str, pid: int | None, version: Version) -> GuestView:
+    """The guest's disks and nodes as they are now, without its jobs.
 
     ``pid`` is its QEMU's process, None when it is not on this host.
     """
     for _ in range(LOOKS):
         with suppress(KeyError):  # the graph changed between two of the queries
-            return await _take(execute, pid)
+            return await _take(execute, pid, version)
     raise CommandFailed(f"{name}: its block graph does not stand still")
 
 
@@ -113,16 +116,14 @@ async def news(changed: asyncio.Event) -> None:
             await changed.wait()
 
 
-async def _take(execute: Execute, pid: int | None) -> GuestView:
+async def _take(execute: Execute, pid: int | None, version: Version) -> GuestView:
     """All questions at once: on a busy host each wait for an answer costs milliseconds."""
-    nodes, edges, entries, version, run_state, iothreads, block_jobs = await asyncio.gather(
+    nodes, edges, entries, run_state, iothreads = await asyncio.gather(
         execute("query-named-block-nodes", flat=True),
         execute("x-debug-query-block-graph"),
         execute("query-block"),
-        _version(execute),
         status(execute),
         execute("query-iothreads"),
-        jobs(execute),
     )
     graph = BlockGraph(nodes, edges, Path(f"/proc/{pid}/cwd"))
     inserted = [entry for entry in entries if "inserted" in entry]
@@ -133,7 +134,7 @@ async def _take(execute: Execute, pid: int | None) -> GuestView:
         disks=tuple(await asyncio.gather(*(_disk(execute, graph, e, pid) for e in inserted))),
         nodes=graph.names,
         files=graph.files,
-        jobs=block_jobs,
+        jobs={},
     )
 
 
@@ -141,11 +142,6 @@ async def files(execute: Execute, pid: int | None) -> frozenset[str]:
     """The files that the guest has open, as `GuestView.files`."""
     nodes = await execute("query-named-block-nodes", flat=True)
     return BlockGraph(nodes, {"nodes": [], "edges": []}, Path(f"/proc/{pid}/cwd")).files
-
-
-async def _version(execute: Execute) -> tuple[int, int, int]:
-    qemu = (await execute("query-version"))["qemu"]
-    return qemu["major"], qemu["minor"], qemu["micro"]
 
 
 async def _disk(

@@ -5,11 +5,12 @@ whoever holds the disk, and answers when there is an answer. So nothing that a b
 believed, a liar at the other end gains nothing, and where nobody answers the storage is looked
 at as if there were no network. The other end must still prove to be the host that the lease
 names, before it is told anything.
+
+http.client is loaded where somebody is rung: it would be a part of every command's start.
 """
 
 from __future__ import annotations
 
-import http.client
 import ssl
 import threading
 from contextlib import suppress
@@ -56,22 +57,24 @@ class Bell:
         self._over.wait(timeout)
 
     def _ring(self, owner: Owner, disk: str, request: Request, over: threading.Event) -> None:
+        from http.client import HTTPException
+
         try:
             while not over.is_set() and self._ask(owner, disk, request) == STILL_ACCEPTED:
                 over.wait(AGAIN)  # it has waited for us; one that did not is not hurried
-        except (OSError, http.client.HTTPException, Refused) as error:
+        except (OSError, HTTPException, Refused) as error:
             if self._ledger:
                 about = {"host": owner.host, "endpoint": owner.endpoint}
                 self._ledger.refused(f"the owner's agent was of no use: {error}", **about)
         over.set()
 
     def _ask(self, owner: Owner, disk: str, request: Request) -> int:
+        from http.client import HTTPSConnection
+
         assert owner.endpoint, "looked at by ring"
         address, port = parse_endpoint(owner.endpoint)
         context = self._credentials.context(ssl.Purpose.SERVER_AUTH)
-        connection = http.client.HTTPSConnection(
-            address, port, context=context, timeout=CONNECT_TIMEOUT
-        )
+        connection = HTTPSConnection(address, port, context=context, timeout=CONNECT_TIMEOUT)
         try:
             connection.connect()
             there = peer_in(connection.sock.getpeercert())

@@ -74,10 +74,11 @@ class Slowing:
 
     async def undo(self, guest: Guest) -> None:
         """Give the disks their own limits back; then no guard has to."""
-        view = await guest.look()
-        for key, limits in self._limits().items():
-            if disk := view.disk(key):
-                await guest.limit(disk, limits)
+        if own := self._limits():
+            view = await guest.look()
+            for key, limits in own.items():
+                if disk := view.disk(key):
+                    await guest.limit(disk, limits)
         await self.leave()
 
     async def leave(self) -> None:

@@ -1,0 +1,21 @@
+"""What this promoter works with. Source: ``qemu-img --version``, ``virGetVersion``."""
+
+from __future__ import annotations
+
+import subprocess
+
+import libvirt
+
+from promoter import __version__
+
+
+def versions() -> str:
+    """promoter's version and those of this host's QEMU tools and libvirt, a line each."""
+    try:
+        said = subprocess.run(["qemu-img", "--version"], capture_output=True, text=True, check=True)
+        qemu = said.stdout.splitlines()[0].removeprefix("qemu-img version ")
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        qemu = "not found"
+    number = libvirt.getVersion()
+    found = f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
+    return f"promoter {__version__}\nqemu-img {qemu}\nlibvirt {found}\n"
