@@ -1,0 +1,1 @@
+"""What is run on a checkout: tests, benchmarks, the demonstration."""
