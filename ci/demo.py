@@ -5,13 +5,11 @@ checksums, and say over their serial ports which are durable. web is promoted. T
 is taken away, its plug is pulled, and it boots again by the command line it always had. At
 the end every record that either guest was told is durable must be on its disk.
 
-`ci/demo` runs this. The exit code is 0 only when every claim held. `ci/demo --picture FILE` also
-draws the terminal as an SVG, for README.md.
+`ci/demo` runs this. The exit code is 0 only when every claim held.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -29,28 +27,7 @@ from rich.markup import escape
 from tests import records, vm
 from tests.vm import VM, Disk
 
-WIDTH = 118
-# rich's own, without the font that it would have a reader fetch, and its window's buttons.
-PICTURE = """\
-<svg viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
-<style>
-.{unique_id}-matrix {{ font-family: monospace; font-size: {char_height}px; }}
-.{unique_id}-title {{ font-family: sans-serif; font-size: 18px; }}
-{styles}
-</style>
-<defs>{lines}</defs>
-{chrome}
-<g transform="translate({terminal_x}, {terminal_y})">
-{backgrounds}
-<g class="{unique_id}-matrix">
-{matrix}
-</g>
-</g>
-</svg>
-"""
-
-screen = Console(highlight=False, soft_wrap=True)
-say = screen.print
+say = Console(highlight=False, soft_wrap=True).print
 
 
 class Unproven(Exception):
@@ -77,15 +54,11 @@ def prove(claim: bool, text: str) -> None:
 
 
 def promoter(*words: object) -> None:
-    """Runs promoter on this terminal, as an operator does; for a picture, without its bars."""
+    """Runs promoter on this terminal, as an operator does."""
     command = ["promoter", *map(str, words)]
     say(f"$ {escape(' '.join(command))}")
-    out = subprocess.PIPE if screen.record else None
-    done = subprocess.run(command, check=False, stdout=out, text=True)
-    if done.stdout:
-        say(escape(done.stdout.rstrip()))
-    if done.returncode:
-        raise Unproven(f"{' '.join(command)} ends with 0, not with {done.returncode}")
+    if code := subprocess.run(command, check=False).returncode:
+        raise Unproven(f"{' '.join(command)} ends with 0, not with {code}")
 
 
 def guest_on_a_clone(base: Path, name: str, seed: int) -> VM:
@@ -203,13 +176,8 @@ def demonstrate(directory: Path) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="ci/demo")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the terminal as an SVG")
-    picture: Path | None = parser.parse_args().picture
-    if picture:
-        screen.record, screen.soft_wrap, screen.width = True, False, WIDTH
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="demo-") as name:
+    with tempfile.TemporaryDirectory(prefix="promoter-demo-") as name:
         os.environ["PROMOTER_STATE_DIR"] = f"{name}/state"
         try:
             shown = demonstrate(Path(name))
@@ -219,8 +187,6 @@ def main() -> int:
     step("What this showed")
     say("\n".join(shown))
     say(f"Everything was proven, in {time.monotonic() - began:.0f} s.")
-    if picture:
-        picture.write_text(screen.export_svg(title="ci/demo", code_format=PICTURE))
     return 0
 
 
