@@ -69,7 +69,7 @@ async def _one(course: Course, do: Do, index: int, disk: DiskIntent) -> None:
         case Do.MIRROR if disk.names.remote:
             await copying.start_remote(course, index, disk)
         case Do.MIRROR:
-            await copying.start(course, await course.with_its_nodes(index, disk))
+            await copying.start(course, course.with_its_nodes(index, disk))
         case Do.VERIFY:
             await proving.verify_disk(course, index, disk)
         case Do.DETACH:

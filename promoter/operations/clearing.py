@@ -36,7 +36,7 @@ async def tidy(course: Course) -> None:
     for disk in course.intent.disks:
         if course.guest and not course.intent.domain:
             await _drop_old_nodes(course, disk)
-        view = await course.alive.look() if course.guest else None
+        view = await course.alive.look() if course.guest and disk.names.in_place else None
         if disk.way is not Way.COMMIT_BELOW:
             disk.names.tidy()
         if not (disk.commits or disk.names.remote):

@@ -57,8 +57,8 @@ async def start_remote(course: Course, index: int, disk: DiskIntent) -> None:
 
 
 async def _begin(course: Course, disk: DiskIntent, spec: Start) -> None:
-    view = await course.alive.look()
-    if loses_writes_at_start(view.version):
+    if loses_writes_at_start(course.last_look.version):
+        view = await course.alive.look()
         check_start(view)
         running = view.status == "running"
         course.save(replace(course.intent, stopped=running))
@@ -140,9 +140,8 @@ async def cancel(course: Course, disk: DiskIntent) -> None:
 
 async def dismiss(course: Course, disk: DiskIntent) -> None:
     """Read how the job ended, then let QEMU forget it."""
-    view = await course.alive.look()
-    job = view.jobs.get(disk.job)
-    seen = observe(disk, view)
+    job = course.last_look.jobs.get(disk.job)
+    seen = observe(disk, course.last_look)
     if seen.active is Active.NEW:
         if disk.way is Way.MIRROR and not (course.intent.domain or disk.viewed):
             course.report(disk).switchover_s = pause_seconds(course.plain, disk)

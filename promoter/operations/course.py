@@ -46,6 +46,7 @@ class Course:
         self.guest: Guest | None = None
         self.worker: Worker | None = None
         self.seen = Seen(alive=False, disks=())
+        self.looked: GuestView | None = None
         self.going = asyncio.Event()
         self.going.set()
         self.expected_cancels: set[str] = set()
@@ -92,11 +93,11 @@ class Course:
     def with_job(self, job: Job) -> list[DiskIntent]:
         return [disk for disk, seen in self.pairs() if seen.job is job]
 
-    async def with_its_nodes(self, index: int, disk: DiskIntent) -> DiskIntent:
+    def with_its_nodes(self, index: int, disk: DiskIntent) -> DiskIntent:
         """The disk, whose files are seen to be the planned ones, by the node-names that it has now:
         those that nobody gave are others after a reboot.
         """
-        found = (await self.alive.look()).disk(disk.key)
+        found = self.last_look.disk(disk.key)
         if found is None:
             raise JobFailed(f"{disk.name} was unplugged from the guest")
         disk = replace(disk, chain=found.chain, root=found.node)
@@ -125,7 +126,7 @@ class Course:
         while True:
             try:
                 self.guest = self.guest or await self.connect(self.intent)
-                return await self.guest.look()
+                self.looked = await self.guest.look()
             except NoGuest:
                 return None
             except Unreachable as error:
@@ -142,6 +143,8 @@ class Course:
                         f"{error.hint} Then: promoter job resume {self.id}",
                     ) from error
                 await asyncio.sleep(0.2)
+            else:
+                return self.looked
 
     def _in_use(self) -> bool:
         names = [
@@ -165,6 +168,12 @@ class Course:
     def alive(self) -> Guest:
         assert self.guest, "only a guest that is there is acted upon"
         return self.guest
+
+    @property
+    def last_look(self) -> GuestView:
+        """That on which the present action was decided."""
+        assert self.looked, "only a guest that was looked at is acted upon"
+        return self.looked
 
     @property
     def plain(self) -> PlainGuest:

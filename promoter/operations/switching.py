@@ -22,9 +22,9 @@ MOST_PAUSES = 10
 async def switch_over(course: Course) -> None:
     """Move all disks whose copies are ready to their targets."""
     ready = course.with_job(Job.READY)
-    jobs = (await course.alive.look()).jobs
     for disk in ready:
-        course.report(disk).mirrored_bytes = jobs[disk.job].done
+        if job := await course.alive.job(disk.job):
+            course.report(disk).mirrored_bytes = job.done
         is_file = not disk.names.remote and disk.names.target.is_file()
         if is_file:  # QEMU flushes it while the guest stands still
             await asyncio.to_thread(sync, disk.names.target)
@@ -99,7 +99,7 @@ def _note_views(course: Course, ready: list[DiskIntent], why_not: str) -> None:
 async def snapshot(course: Course) -> None:
     """Put all the disks' overlays above them in one short pause."""
     left = [(i, d) for i, (d, s) in enumerate(course.pairs()) if not s.switched]
-    disks = [await course.with_its_nodes(*each) for each in left]
+    disks = [course.with_its_nodes(*each) for each in left]
     running = await course.alive.status() == "running"
     quiesce = course.intent.choices.quiesce
     frozen = course.alive.pid if quiesce else None
