@@ -39,6 +39,7 @@ ROUNDS = 3
 SWITCHOVERS = 20
 HANDOVERS = 12
 UNPLUGS = 7
+STARTS = 15
 XFS = 24 * GIB
 PEER_BASES = (1 * GIB, 4 * GIB)
 VIRSH = ["virsh", "blockcopy", "--dest", "{target}", "--format", "qcow2"]
@@ -56,6 +57,12 @@ UNION = 128 * MIB
 DEPTHS = (2, 5, 20)
 CONSOLIDATIONS = 7
 LONGEST_COMMIT = 300.0
+MEASURE = """
+import resource, subprocess, sys, time
+began = time.monotonic()
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
 COMMITS = {
     "virsh blockcommit": [
         *("virsh", "blockcommit", "--base", "{base}"),
@@ -63,6 +70,12 @@ COMMITS = {
     ],
     "promoter consolidate": ["promoter", "consolidate", "--json", "--state-dir", "{state}"],
 }
+
+SLOW = {
+    "virsh blockcommit": ["--bandwidth", "3"],
+    "promoter consolidate": ["--speed", "3M", "--max-pause", "500ms"],
+}
+SOON = 60.0
 
 
 @dataclass(frozen=True)
@@ -257,7 +270,7 @@ def consolidate(directory: Path) -> None:
             for number in range(CONSOLIDATIONS):
                 tools = list(COMMITS)[:: -1 if number % 2 else 1]
                 for tool in tools:
-                    merged = merge(directory / "turn", libvirtd, layers, tool)
+                    merged = merge(directory / "turn", libvirtd, layers, COMMITS[tool])
                     found[tool].append(merged)
                     print(f"round {number + 1}, {depth} deltas, {tool}: {merged}", file=sys.stderr)
             show_merges(depth, found)
@@ -281,7 +294,27 @@ def deltas(directory: Path, depth: int) -> list[Path]:
     return [directory / layer.name for layer in layers]
 
 
-def merge(turn: Path, libvirtd: Libvirtd, layers: Sequence[Path], tool: str) -> Merged | None:
+def convergence(directory: Path) -> None:
+    """A guest that writes faster than is copied: what merges the delta above it, and ends?"""
+    libvirt.registerErrorHandler(lambda *_: None, None)  # it prints what it raises too
+    found: dict[str, list[Merged | None]] = {tool: [] for tool in COMMITS}
+    with Libvirtd(directory) as libvirtd:
+        layers = deltas(directory / "layers", 1)
+        for number in range(ROUNDS):
+            for tool, words in COMMITS.items():
+                merged = merge(directory / "turn", libvirtd, layers, [*words, *SLOW[tool]], SOON)
+                found[tool].append(merged)
+                print(f"round {number + 1}, {tool}: {merged}", file=sys.stderr)
+    show_merges(1, found)
+
+
+def merge(
+    turn: Path,
+    libvirtd: Libvirtd,
+    layers: Sequence[Path],
+    words: Sequence[str],
+    longest: float = LONGEST_COMMIT,
+) -> Merged | None:
     """One merge, of deltas that all turns have, into a layer of its own; None: it did not end."""
     turn.mkdir()
     target = Path(shutil.copy(layers[0], turn))
@@ -291,7 +324,8 @@ def merge(turn: Path, libvirtd: Libvirtd, layers: Sequence[Path], tool: str) -> 
     with Domain(libvirtd, turn, [Disk(active)]) as domain:
         domain.wait_for_acks(100)
         os.sync()  # or it waits for what was written here
-        found = timed(domain, [w.format(base=target, state=turn / "state") for w in COMMITS[tool]])
+        given = [word.format(base=target, state=turn / "state") for word in words]
+        found = timed(domain, given, longest)
         if found:
             assert domain.files() == domain.next_boot() == [str(target)]
             domain.wait_for_acks(20)
@@ -301,7 +335,7 @@ def merge(turn: Path, libvirtd: Libvirtd, layers: Sequence[Path], tool: str) -> 
     return found
 
 
-def timed(domain: Domain, words: Sequence[str]) -> Merged | None:
+def timed(domain: Domain, words: Sequence[str], longest: float) -> Merged | None:
     environment = {**os.environ, "LIBVIRT_DEFAULT_URI": domain.libvirtd.uri}
     with watched(domain.log) as silence:
         began = time.monotonic()
@@ -312,7 +346,7 @@ def timed(domain: Domain, words: Sequence[str]) -> Merged | None:
                 stdout=subprocess.PIPE,
                 text=True,
                 env=environment,
-                timeout=LONGEST_COMMIT,
+                timeout=longest,
             ).stdout
         except subprocess.TimeoutExpired:
             return None
@@ -442,6 +476,33 @@ def unplug(vm: VM, bus: Bus) -> float:
     return took
 
 
+def commands(directory: Path) -> None:
+    """The command itself, with a guest that writes all the while."""
+    print("| command | median, s (least, most) | memory, MiB |\n|---|---|---|")
+    with VM(directory, [Disk(linked_clone(base(), directory / "root"))]) as vm:
+        vm.wait_for_acks(20)
+        for words in (
+            ["--version"],
+            ["--help"],
+            ["chain", vm.monitor],
+            ["chain", "--json", vm.monitor],
+        ):
+            runs = [measured(["promoter", *map(str, words)]) for _ in range(STARTS)]
+            took, memory = zip(*runs, strict=True)
+            shown = " ".join(str(word) for word in words if word != vm.monitor)
+            times = f"{statistics.median(took):.2f} ({min(took):.2f}, {max(took):.2f})"
+            print(f"| `promoter {shown}` | {times} | {max(memory) / MIB:.0f} |", flush=True)
+
+
+def measured(command: Sequence[str]) -> tuple[float, int]:
+    """A command's seconds, and the most bytes of memory that it had."""
+    told = subprocess.run(
+        [sys.executable, "-S", "-c", MEASURE, *command], check=True, capture_output=True, text=True
+    )
+    took, memory = told.stdout.split()
+    return float(took), int(memory) * 1024
+
+
 def on_xfs(directory: Path, cases: Sequence[Case]) -> None:
     with file_system("xfs", directory, XFS) as mounted:
         compare(mounted, cases)
@@ -454,7 +515,9 @@ TABLES = {
     "pauses": pauses,
     "domains": domains,
     "consolidate": consolidate,
+    "convergence": convergence,
     "handover": handover,
+    "commands": commands,
 }
 
 

@@ -23,11 +23,12 @@ from promoter.guests import connect as guests
 from promoter.guests.base import Guest, GuestView
 from promoter.operations import backup, control
 from promoter.operations.backup import Backup, BackupOperation
+from promoter.operations.course import OnProgress
 from promoter.operations.journal import Entry, Journal, OperationStatus, new_id
 from promoter.operations.leases import leave, registered
 from promoter.operations.leftovers import sweep
 from promoter.operations.move import Choices, Move
-from promoter.operations.moving import MoveOperation, OnProgress, OnStep
+from promoter.operations.moving import MoveOperation, OnStep
 from promoter.operations.plan import Plan
 from promoter.storage.siblings import Siblings, find_siblings
 from promoter.values import from_json, to_json

@@ -31,10 +31,11 @@ from promoter.errors import (
 )
 from promoter.guests.base import Domain, Guest
 from promoter.operations import consolidate, operation, snapshot
+from promoter.operations.course import OnProgress
 from promoter.operations.journal import Journal, OperationStatus, new_id
 from promoter.operations.leases import Leases
 from promoter.operations.move import Choices, DiskIntent, DomainAddress, Move, Old
-from promoter.operations.moving import MoveOperation, OnProgress, OnStep
+from promoter.operations.moving import MoveOperation, OnStep
 from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import Plan, file_of
 from promoter.operations.preflight import check_directory
