@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import IO, Any
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,14 @@ def start(
     module: str = "promoter",
     enter: Sequence[object] = (),
     environment: Mapping[str, str] = MappingProxyType({}),
+    output: int | IO[bytes] = subprocess.PIPE,
 ) -> subprocess.Popen[str]:
     """Start ``promoter WORDS`` with its journal in ``state``, by the command ``enter`` if given."""
     return subprocess.Popen(
         [*map(str, enter), sys.executable, "-m", module, *map(str, words)],
         env={**os.environ, "PROMOTER_STATE_DIR": str(state), **environment},
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.PIPE,
         text=True,
     )

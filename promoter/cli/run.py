@@ -30,6 +30,7 @@ from promoter.operations.leftovers import sweep
 from promoter.operations.move import Choices, Move
 from promoter.operations.moving import MoveOperation, OnStep
 from promoter.operations.plan import Plan
+from promoter.operations.recorded import recorded_move
 from promoter.storage.siblings import Siblings, find_siblings
 from promoter.values import from_json, to_json
 
@@ -202,7 +203,7 @@ async def resume(identity: str | None, state: Path, output: Output) -> None:
 def _leaves_spare(entry: Entry) -> bool:
     if entry.kind == backup.KIND:
         return False
-    move = from_json(Move, entry.intent)
+    move = recorded_move(entry)
     return move.tidied and any(disk.names.spares() for disk in move.disks)
 
 
@@ -212,7 +213,7 @@ async def _resume(journal: Journal, identity: str, output: Output) -> None:
         if entry.kind == backup.KIND:
             await _run_backup(from_json(Backup, entry.intent), journal, output)
             return
-        move = from_json(Move, entry.intent)
+        move = recorded_move(entry)
         if entry.status in ENDED:
             await asyncio.to_thread(leave, move, journal.lock_file(identity))
             if move.tidied:

@@ -39,13 +39,14 @@ from promoter.operations.moving import MoveOperation, OnStep
 from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import Plan, file_of
 from promoter.operations.preflight import check_directory
+from promoter.operations.recorded import recorded_move
 from promoter.storage import images, seed
 from promoter.storage.files import free_bytes
 from promoter.storage.images import Backing, backing_name
 from promoter.storage.names import boot_name
 from promoter.storage.pace import Pace
 from promoter.storage.seed import Geometry, SeedMethod, SeedSpec
-from promoter.values import from_json, to_json
+from promoter.values import to_json
 
 KIND = "backup"
 LAST = "last"
@@ -380,7 +381,7 @@ class BackupOperation:
                 kept = to_json(move)
                 self._journal.open(identity, move.kind, move.guest, kept)
             else:
-                move = from_json(Move, entry.intent)
+                move = recorded_move(entry)
             connect, progress, step = self._connect, self._on_progress, self._on_step
             self._child = MoveOperation(move, self._journal, connect, progress, step)
             if self._pace.paused:
@@ -393,7 +394,7 @@ class BackupOperation:
     def _frozen(self) -> Move:
         entry = self._journal.find(self.intent.frozen)
         assert entry, "it was journalled before it began"
-        return from_json(Move, entry.intent)
+        return recorded_move(entry)
 
     def _delta(self) -> Choices:
         """What the backup's own snapshot put above the disks, and nothing else, is merged."""

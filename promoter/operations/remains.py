@@ -21,6 +21,7 @@ from promoter.operations.journal import OPEN, Entry, Journal, OperationStatus
 from promoter.operations.leftovers import half_made, is_needed
 from promoter.operations.move import Move, Seen, decide
 from promoter.operations.observation import observe
+from promoter.operations.recorded import recorded_move
 from promoter.storage.names import Named
 from promoter.values import from_json
 
@@ -55,7 +56,7 @@ def known(journal: Journal) -> list[Known]:
 def _intent(entry: Entry) -> Move | Backup:
     if entry.kind == KIND:
         return from_json(Backup, entry.intent)
-    return from_json(Move, entry.intent)
+    return recorded_move(entry)
 
 
 def running(operations: Iterable[Known]) -> list[Finding]:

@@ -1,0 +1,252 @@
+"""The host loses power, and its disk what was not flushed: one chain is true, with every record.
+
+A cut is an instant of an operation that really ran, in a guest that really wrote: the disk is made
+as the cut leaves it (`volatile.py`), the acknowledgements are those that had come out of the guest
+by then. All else, processes and page cache, is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from promoter.chain import BackingChain, Image
+from promoter.operations.journal import Entry, OperationStatus
+from promoter.operations.move import Way
+from promoter.operations.recorded import recorded_move
+from promoter.storage.files import stamp
+from promoter.storage.names import Names
+from promoter.values import to_json
+from tests import records
+from tests.cli import promoter, start
+from tests.deltas import LEAKS, backing_chain
+from tests.test_move import disk_intent, promotion
+from tests.vm import VM, Disk, GuestDied, ack_count, base, chain, linked_clone
+from tests.volatile import Keeps, VolatileDisk, own_mounts
+
+CUTS = 4  # of each recording
+SLOW_DISK_S = 300.0  # each flush goes through a process that logs it, on a machine that is busy
+SEED = int(os.environ.get("PROMOTER_TEST_SEED", "1"))
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A command, and how many layers a disk has before and after it."""
+
+    command: str
+    before: int
+    after: int
+
+
+OPERATIONS = [
+    Operation("promote", 2, 1),
+    Operation("promote --preallocation full", 2, 1),
+    Operation("promote --target", 2, 1),
+    Operation("snapshot", 2, 3),
+    Operation("consolidate", 4, 2),
+    Operation("consolidate --beside", 4, 2),
+]
+
+
+@dataclass(frozen=True)
+class Instant:
+    """What had been said by then, in bytes: by promoter, the guest, and to the disk."""
+
+    said: int
+    acknowledged: int
+    told: int
+
+
+class Case:
+    """A guest on a disk of a host that will lose its power, and what is done to it there."""
+
+    def __init__(self, directory: Path, kind: str, operation: Operation) -> None:
+        self.operation = operation
+        self.host = VolatileDisk(kind, directory)
+        self.state, self.target = self.host.path / "state", self.host.path / "target.qcow2"
+        self.old = self.host.path / ("layer3.qcow2" if operation.before > 2 else "clone.qcow2")
+        self.said = directory / "said"
+        self.directory = directory
+        self.vm = self.guest(self.old)
+
+    def guest(self, disk: Path) -> VM:
+        return VM(self.directory, [Disk(disk)], writer={"rate": 0})
+
+    def record(self) -> list[Instant]:
+        """The operation from its beginning until some records after its end."""
+        with self.host.recorded():
+            if self.operation.before > 2:
+                chain(self.host.path, 3)
+            else:
+                linked_clone(base(), self.old)
+            subprocess.run(["sync", "-f", self.old], check=True)
+            with self.ended():
+                self.vm.start()
+                self.vm.wait_for_acks(20, SLOW_DISK_S)
+                return list(self._instants())
+
+    def _instants(self) -> Iterator[Instant]:
+        command, *words = self.operation.command.split()
+        words += [str(self.target)] if words == ["--target"] else []
+        with self.said.open("wb") as said:
+            process = start(self.state, command, self.vm.monitor, *words, "--json", output=said)
+            while process.poll() is None:
+                yield from self._instant()
+        assert process.returncode == 0, self.said.read_text()[-2000:]
+        wanted = ack_count(self.vm.log) + 40
+        while ack_count(self.vm.log) < wanted:
+            yield from self._instant()
+
+    def _instant(self) -> Iterator[Instant]:
+        """Not one while the guest was saying something: then nobody knows which came first."""
+        said, acknowledged = size(self.said), size(self.vm.log)
+        told = self.host.now
+        if acknowledged == size(self.vm.log):
+            yield Instant(said, acknowledged, told)
+        time.sleep(0.001)
+
+    def cut(self, instant: Instant, acks: bytes, dice: Random) -> str:
+        """The power is cut, and comes back: what must hold then. What was seen, in a word."""
+        self.vm.log.write_bytes(acks[: instant.acknowledged])
+        keeps = dice.choice(list(Keeps))
+        with self.host.after_a_cut(instant.told, keeps, dice), self.ended():
+            if resumed_first := dice.random() < 1 / 2:
+                self.resume(0, 3)
+            disk = self.old if self.old.exists() else self.target
+            self.boot(disk)
+            done = self.is_done()
+            assert done or not self.had_said_so(instant)
+            self.prove(disk, self.operation.after if done else self.operation.before)
+        first = "resumed first" if resumed_first else "booted first"
+        return f"{'done' if done else 'put back'}, {keeps.value} kept, {first}"
+
+    @contextmanager
+    def ended(self) -> Iterator[None]:
+        """However it goes, the guest does not use the disk afterwards."""
+        try:
+            yield
+        finally:
+            self.vm.kill()
+
+    def boot(self, disk: Path) -> None:
+        """By the guest's own command line; where the disk is gone, that must fail loudly."""
+        if disk == self.target:
+            with pytest.raises(GuestDied, match=r"clone\.qcow2.*No such file"):
+                self.vm.start()
+        guest = self.vm if disk == self.old else self.guest(disk)
+        with ExitStack() as stack:
+            if guest is not self.vm:
+                stack.push(guest)
+            guest.start()
+            guest.wait_for_acks(20, SLOW_DISK_S)
+            self.resume(0)
+            guest.shutdown()
+
+    def resume(self, *codes: int) -> None:
+        resumed = promoter(self.state, "job", "resume", "--json")
+        assert resumed.code in codes, resumed.out
+
+    def is_done(self) -> bool:
+        """Not if it was cut before its journal knew of it."""
+        jobs = promoter(self.state, "job", "list", "--json").lines
+        assert [job["status"] for job in jobs] in ([], ["done"], ["failed"])
+        return bool(jobs) and jobs[0]["status"] == "done"
+
+    def had_said_so(self, instant: Instant) -> bool:
+        said = self.said.read_bytes()[: instant.said].splitlines(keepends=True)
+        return any(json.loads(line)["event"] == "result" for line in said if line.endswith(b"\n"))
+
+    def prove(self, disk: Path, depth: int) -> None:
+        layers = backing_chain(disk)
+        assert len(layers) == depth, layers
+        for layer in layers:
+            checked = subprocess.run(["qemu-img", "check", "-q", layer], check=False)
+            assert checked.returncode in (0, LEAKS), layer
+        records.check(disk, None, self.vm.log).raise_if_bad()
+        self.resume(0)
+        looked = promoter(self.state, "doctor", "--repair")
+        assert looked.code == 0, looked.out
+        left = {path.name for path in self.host.path.iterdir()}
+        assert not [name for name in left if ".next-" in name or ".part-" in name]
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def choose(instants: list[Instant], count: int, dice: Random) -> list[Instant]:
+    """Instants of which each is in some step of the operation, however short the step is."""
+    steps = [list(step) for _, step in groupby(instants, key=lambda instant: instant.said)]
+    return [dice.choice(dice.choice(steps)) for _ in range(count)]
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    with own_mounts():
+        yield
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_cut_loses_what_was_not_flushed_and_nothing_else(tmp_path: Path, kind: str) -> None:
+    host, dice = VolatileDisk(kind, tmp_path), Random(SEED)
+    with host.recorded():
+        before = host.now
+        (host.path / "flushed").write_bytes(b"whole" * 10000)
+        for path in (host.path / "flushed", host.path):
+            fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
+        (host.path / "not flushed").write_bytes(b"whole" * 10000)
+        after = host.now
+    for keeps in Keeps:
+        with host.after_a_cut(before, keeps, dice):
+            assert {path.name for path in host.path.iterdir()} <= {"lost+found"}
+        with host.after_a_cut(after, keeps, dice):
+            assert (host.path / "flushed").read_bytes() == b"whole" * 10000
+            assert not (host.path / "not flushed").exists()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.command)
+def test_one_chain_is_true_after_a_power_cut(
+    tmp_path: Path, kind: str, operation: Operation
+) -> None:
+    case, dice = Case(tmp_path, kind, operation), Random(f"{SEED} {kind} {operation}")
+    with ExitStack() as stack:
+        stack.push(case.vm)
+        instants = case.record()
+        acks = case.vm.log.read_bytes()
+        for instant in choose(instants, CUTS, dice):
+            print(instant, case.cut(instant, acks, dice))  # noqa: T201
+
+
+def test_a_device_that_has_another_number_after_a_boot_is_the_same(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("path", "target", "below")]
+    for file in files:
+        file.write_bytes(b"")
+    path, target, below = (found for file in files if (found := stamp(file)))
+    aside, prepared = tmp_path / "aside", tmp_path / "next"
+    names = Names(path.id, files[0], files[1], aside, prepared, in_place=True)
+    chain = BackingChain(
+        tuple(Image(file.name, "qcow2", file, "file", None, 1, 1) for file in files[::2])
+    )
+    disk = replace(
+        disk_intent(0, Way.MIRROR), names=names, seeded=target, below=(below,), chain=chain
+    )
+    now = replace(promotion(), disks=(disk,))
+    kept = re.sub(r'"device":\d+', '"device":1', to_json(now))
+    assert kept != to_json(now)
+    status = OperationStatus.INTERRUPTED
+    assert recorded_move(Entry("00000000", "promote", "g", kept, status, None, "", "")) == now
