@@ -46,6 +46,7 @@ def start(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        pipesize=1 << 20,  # who says more than nobody reads stands still
         text=True,
     )
 
