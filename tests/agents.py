@@ -105,5 +105,10 @@ def post(path: str, body: bytes) -> bytes:
     return head.encode() + b"\r\n\r\n" + body
 
 
+def poll(path: str) -> bytes:
+    """Another, for what became of one that was sent."""
+    return f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+
+
 def status(answer: bytes) -> int:
     return int(answer.split(b" ", 2)[1])

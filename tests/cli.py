@@ -47,6 +47,7 @@ def start(
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.PIPE,
+        pipesize=1 << 20,  # who says more than nobody reads stands still
         text=True,
     )
 

@@ -5,12 +5,16 @@ QEMU goes on), cut off from the storage, or dead; what it has read, perhaps long
 believes; whether its QEMU has the disk open, and whether the storage still has its lock. On
 network storage being cut off takes the lock away from a QEMU that may write on: the worst that
 can be. An operation may put another file in the disk's place, also after its guest has died, which
-is as good as writing: whoever has the old file open loses what it writes. `explore` looks for a
-world in which two hosts write. A guard is a rule or a habit that can be left out, to see whether
-the search would notice.
+is as good as writing: whoever has the old file open loses what it writes. A guest whose disk is
+lent waits for it; meanwhile a borrower may write, since it leaves the same bytes, but nobody else,
+until an operator breaks the loan; then that guest never has the disk again. Beside a guest that
+waits, another process of its host may want the disk. `explore` looks for a move after which two
+hosts write, or which robs or misleads a guest that waits. A guard is a rule or a habit that can be
+left out, to see whether the search would notice.
 
 One thing is taken for granted: that nobody opens a disk under a claim that is out of date while
-an operation of its new owner's, whose guest has died, is about to rename. No image lock is there.
+an operation of its new owner's, whose guest has died, is about to rename, while its new owner's
+guest has lent it and waits, or for a guest that waited. No image lock is there.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
 from functools import cache
+from itertools import product
 from typing import Generic, NamedTuple, TypeVar
 
 from promoter.lease import rules
@@ -32,8 +37,9 @@ CLOSED = Closed(node_gone=True, locks_free=True)
 
 
 class Guard(Enum):
-    """What can be left out. The last six are in the rules' own code; the model calls them
-    with a lie there, or with a table in which the verdict is another.
+    """What can be left out. From EVIDENCE_OF_EPOCH to NETWORK_IS_FENCED, and from BACK_TO_LENDER
+    on, they are in the rules' own code; the model calls them with a lie there, changes what they
+    said, or gives them a table in which the verdict is another.
     """
 
     ATOMIC_CLAIM = "a record is written only if the epoch is still the one that was read"
@@ -48,6 +54,14 @@ class Guard(Enum):
     MOVING_IS_ALIVE = "nothing is taken from a host whose heart beats"
     LOCKED_IS_OPEN = "nothing is taken that a QEMU has open"
     NETWORK_IS_FENCED = "on network storage silence does not suffice"
+    BORROWED_IS_NOT_OWNED = "no guest is started on a disk that is only lent"
+    LEASE_NAMES_WHO_WAITS = "a guest has its disk again only by a lease that names it as lender"
+    BACK_TO_LENDER = "a borrower gives the disk back to its lender alone"
+    LENDER_TAKES = "from a borrower that is silent only the lender takes it"
+    LENDER_WAITS = "a lender's host gives the disk to no other while its guest waits"
+
+
+LOANS = tuple(Guard)[tuple(Guard).index(Guard.BORROWED_IS_NOT_OWNED) :]
 
 
 class Condition(IntEnum):
@@ -57,10 +71,19 @@ class Condition(IntEnum):
     DEAD = 3
 
 
+class Waits(IntEnum):
+    """Does a guest here wait for a disk that it has lent? BROKEN: in vain."""
+
+    NO = 0
+    YES = 1
+    BROKEN = 2
+
+
 class Host(NamedTuple):
     """`view` is the number of a record that it once read, `evidence` that of what it has seen
     of that record's owner, if it lets the disk be taken; `claimed`: it thinks the disk its own;
-    `working`: an operation of its own is about to put another file there.
+    `working`: an operation of its own is about to put another file there; `borrowed`: what it
+    claimed was lent; `other`: who claimed it is not the process whose guest waits.
     """
 
     boot: int = 0
@@ -71,6 +94,9 @@ class Host(NamedTuple):
     open: bool = False
     lock: bool = False
     working: bool = False
+    borrowed: bool = False
+    waits: Waits = Waits.NO
+    other: bool = False
 
 
 class World(NamedTuple):
@@ -88,41 +114,57 @@ class Around(NamedTuple):
     locked: bool  # by others
     open: bool  # by others
     well: tuple[bool, ...]
+    waited_for: bool  # by others
 
 
 class Move(NamedTuple):
-    """What a host does: it becomes `host`, writes `record`, costs a fault, kills another."""
+    """What a host does: it becomes `host`, writes `record`, costs a fault, kills another; `breaks`:
+    guests wait in vain from then on; `wrong`: that must never be.
+    """
 
     name: str
     host: Host
     record: int
     faults: int = 0
     kills: int | None = None
+    breaks: bool = False
+    wrong: bool = False
 
 
 @dataclass(frozen=True)
 class Found:
-    """How a search ended: the moves to a world in which two guests write, if there is one."""
+    """How a search ended: the moves to what must never be, if there are such."""
 
     worlds: int
     moves: tuple[str, ...] | None
 
 
 def explore(
-    storage: Storage, without: Guard | None = None, *, faults: int, epochs: int, most: int
+    storage: Storage,
+    without: Guard | None = None,
+    *,
+    faults: int,
+    epochs: int,
+    most: int,
+    lent: bool = False,
 ) -> Found:
-    """Breadth first, until two guests write or there is nothing new.
+    """Breadth first, until what must never be is there or there is nothing new. It begins without
+    a lease, or with a disk that the first host has ``lent``; ``epochs`` are written from there on.
 
     Raises AssertionError after ``most`` worlds: then the bounds are too wide, and nothing is
     proved.
     """
     model = Model(storage, without, epochs)
     first = World(0, faults, (Host(),) * len(HOSTS))
+    if lent:
+        first = model.lent(first)
     came: dict[World, tuple[str, World] | None] = {first: None}
     todo = deque([first])
     while todo:
         world = todo.popleft()
-        for name, after in model.moves(world):
+        for name, after, wrong in model.moves(world):
+            if wrong:
+                return Found(len(came), (*way_to(world, came), name))
             if after in came:
                 continue
             came[after] = (name, world)
@@ -142,8 +184,8 @@ def way_to(world: World, came: dict[World, tuple[str, World] | None]) -> list[st
 
 
 @cache
-def owner(number: int, boot: int) -> Owner:
-    return Owner(f"host{number}", f"boot{boot}")
+def owner(number: int, boot: int, pid: int | None = None) -> Owner:
+    return Owner(f"host{number}", f"boot{boot}", pid)
 
 
 class Table(Generic[Value]):
@@ -171,17 +213,32 @@ class Model:
         self.evidences: Table[Evidence] = Table()
         self.cached: dict[tuple[int, Host, Around], list[Move]] = {}
 
-    def moves(self, world: World) -> Iterator[tuple[str, World]]:
+    def lent(self, world: World) -> World:
+        """The first host has the disk, lends it to the next, and its guest waits."""
+        me = owner(0, 0)
+        held = rules.create(DiskIdentity("disk", 1, 1), me, stamp(me))
+        releasing = rules.release(held, me.host, "request", stamp(me))
+        borrower = Grant(owner(1, 0).host, "request", 30)
+        record = rules.lend(releasing, me.host, CLOSED, borrower, stamp(me))
+        number = self.records.number(record)
+        self.epochs += record.epoch
+        lender = Host(view=number, waits=Waits.YES)
+        return World(number, world.faults, (lender, *world.hosts[1:]))
+
+    def moves(self, world: World) -> Iterator[tuple[str, World, bool]]:
         well = tuple(host.condition is Condition.WELL for host in world.hosts)
         for number, host in enumerate(world.hosts):
             locked = any(h.lock for other, h in enumerate(world.hosts) if other != number)
             others = any(h.open for other, h in enumerate(world.hosts) if other != number)
-            key = (number, host, Around(world.record, locked, others, well))
+            waited = any(
+                h.waits is Waits.YES for other, h in enumerate(world.hosts) if other != number
+            )
+            key = (number, host, Around(world.record, locked, others, well, waited))
             if key not in self.cached:
                 self.cached[key] = list(self.moves_of(*key))
             for move in self.cached[key]:
                 if move.faults <= world.faults:
-                    yield f"{number} {move.name}", after(world, number, move)
+                    yield f"{number} {move.name}", after(world, number, move), move.wrong
 
     def moves_of(self, number: int, host: Host, around: Around) -> Iterator[Move]:
         record = around.record
@@ -195,6 +252,8 @@ class Model:
                 yield Move("boots", Host(boot=host.boot + 1), record)
         if host.open:
             yield Move("closes", host._replace(open=False, lock=False), record)
+        if host.waits:
+            yield Move("ends its guest", host._replace(waits=Waits.NO), record)
 
     def faults(self, number: int, host: Host, record: int) -> Iterator[Move]:
         yield Move("dies", dead(host), record, faults=1)
@@ -213,14 +272,28 @@ class Model:
         newest = self.records.values[record]
         theirs = newest and newest.owner and newest.owner.host != owner(number, 0).host
         unlocked &= not (newest and newest.alternate and theirs)
+        outdated = newest is None or newest.owner is None or bool(theirs)
+        lent = newest is not None and newest.lender is not None
+        unlocked &= not (outdated and (lent or (host.waits and not host.other)))
         if may and not host.open and unlocked:
-            yield Move("opens", host._replace(open=True, lock=not around.locked), record)
+            yield self.opens(host, around)
         if host.working:
             yield Move(
                 "renames", host._replace(working=False, open=host.open or around.open), record
             )
         yield from self.looks(number, host, around)
         yield from self.writes(number, host, around)
+
+    def opens(self, host: Host, around: Around) -> Move:
+        """It writes then, and what it writes is its own unless it borrows."""
+        again = bool(host.waits) and not host.other
+        borrows = host.borrowed and self.without is not Guard.BORROWED_IS_NOT_OWNED
+        robs = not borrows and (around.waited_for or (host.waits is Waits.YES and host.other))
+        opened = host._replace(open=True, lock=not around.locked)
+        if again:
+            opened = opened._replace(waits=Waits.NO)
+        misled = again and host.waits is Waits.BROKEN
+        return Move("opens", opened, around.record, wrong=robs or misled)
 
     def looks(self, number: int, host: Host, around: Around) -> Iterator[Move]:
         """At the heartbeat and the lock of whom it believes to be the owner, or fences it."""
@@ -247,11 +320,19 @@ class Model:
         if stale or (view is not None and view.epoch >= self.epochs):
             return
         lock = Lock.HELD if around.locked or host.lock else Lock.FREE
-        for step in STEPS:
+        if lock is Lock.FREE and view and view.lender and view.owner is None:
+            broken = rules.break_lease(view, view.epoch, lock, "lost", stamp(owner(number, 0)))
+            seen = host._replace(view=self.records.number(broken), evidence=0)
+            yield Move("breaks the loan", seen, seen.view, faults=1, breaks=True)
+        for step, me in product(STEPS, processes(number, host)):
             if step is create and not around.record and number:
                 continue  # the hosts are alike: call the first to write 0
+            again = bool(host.waits) and me.pid is None and step in TAKING
+            named = view is not None and view.lender == me
+            if again and not named and self.without is not Guard.LEASE_NAMES_WHO_WAITS:
+                continue
             try:
-                written = step(view, owner(number, host.boot), host, lock, self)
+                written = step(view, me, host, lock, self)
             except Illegal:
                 continue
             if written is None:
@@ -262,10 +343,19 @@ class Model:
             new = self.records.number(written)
             mine = written.owner is not None
             working = written.operation is not None and mine
-            after = host._replace(view=new, evidence=0, claimed=mine)
+            after = host._replace(
+                view=new,
+                evidence=0,
+                claimed=mine,
+                borrowed=mine and written.lender is not None,
+                other=written.owner is not None and written.owner.pid is not None,
+            )
+            if step is lend:
+                after = after._replace(waits=Waits.YES)
             if step in (announce, leave):
                 after = after._replace(working=working)
-            yield Move(step.__name__, after, new)
+            taken = step is take_over and view is not None and view.lender is None
+            yield Move(step.__name__, after, new, breaks=taken)
 
 
 def after(world: World, number: int, move: Move) -> World:
@@ -273,11 +363,21 @@ def after(world: World, number: int, move: Move) -> World:
     hosts[number] = move.host
     if move.kills is not None:
         hosts[move.kills] = dead(hosts[move.kills])
+    if move.breaks:
+        hosts = [host._replace(waits=Waits.BROKEN if host.waits else Waits.NO) for host in hosts]
     return World(move.record, world.faults - move.faults, tuple(hosts))
 
 
 def dead(host: Host) -> Host:
     return Host(boot=host.boot, condition=Condition.DEAD)
+
+
+def processes(number: int, host: Host) -> list[Owner]:
+    """Those of a host that may take a step; the other is there only beside a guest that waits."""
+    first, other = owner(number, host.boot), owner(number, host.boot, 2)
+    if host.other:
+        return [other]
+    return [first, other] if host.waits else [first]
 
 
 Write = Callable[[LeaseRecord | None, Owner, Host, Lock, Model], LeaseRecord | None]
@@ -293,15 +393,25 @@ def create(
     return None if view else rules.create(DiskIdentity("disk", 1, 1), me, stamp(me))
 
 
-def claim(view: LeaseRecord | None, me: Owner, _: Host, __: Lock, ___: Model) -> LeaseRecord | None:
-    return rules.claim(view, me, stamp(me)) if view else None
+def claim(
+    view: LeaseRecord | None, me: Owner, host: Host, _: Lock, model: Model
+) -> LeaseRecord | None:
+    lives = waited_for(host, model)
+    return rules.claim(view, me, stamp(me), lender_lives=lives) if view else None
 
 
 def claim_late(
-    view: LeaseRecord | None, me: Owner, _: Host, __: Lock, ___: Model
+    view: LeaseRecord | None, me: Owner, host: Host, _: Lock, model: Model
 ) -> LeaseRecord | None:
     """When what was promised to another has lapsed."""
-    return rules.claim(view, me, stamp(me), unchanged=1e6) if view and view.grant else None
+    if view is None or not view.grant:
+        return None
+    lives = waited_for(host, model)
+    return rules.claim(view, me, stamp(me), unchanged=1e6, lender_lives=lives)
+
+
+def waited_for(host: Host, model: Model) -> bool:
+    return host.waits is not Waits.NO and model.without is not Guard.LENDER_WAITS
 
 
 def lend(view: LeaseRecord | None, me: Owner, host: Host, _: Lock, __: Model) -> LeaseRecord | None:
@@ -334,14 +444,17 @@ def roll_back(
 def free(
     view: LeaseRecord | None, me: Owner, host: Host, _: Lock, model: Model
 ) -> LeaseRecord | None:
-    if view is None:
+    if view is None or (host.waits and not host.other):  # its guest has it first, or ends
         return None
     by = view.owner if model.without is Guard.OWNER_FREES and view.owner else me
     idle = not host.working or model.without is Guard.FREE_WHEN_IDLE
     closed = replace(CLOSED, idle=idle)
     if host.open and model.without is not Guard.MARK_AFTER_CLOSE:
         closed = Closed(node_gone=False, locks_free=False)
-    return rules.free(view, by.host, closed, stamp(me))
+    freed = rules.free(view, by.host, closed, stamp(me))
+    if model.without is Guard.BACK_TO_LENDER:
+        return replace(freed, lender=None, grant=None)
+    return freed
 
 
 def take_over(
@@ -354,7 +467,10 @@ def take_over(
         evidence = replace(evidence, epoch=view.epoch)
     if model.without is Guard.WORK_IS_FENCED:
         view = replace(view, alternate=None)
-    return rules.take_over(view, me, evidence, stamp(me))
+    if model.without is Guard.LENDER_TAKES:
+        view = replace(view, lender=None)
+    lives = waited_for(host, model)
+    return rules.take_over(view, me, evidence, stamp(me), lender_lives=lives)
 
 
 def announce(
@@ -385,3 +501,4 @@ STEPS: tuple[Write, ...] = (
     announce,
     leave,
 )
+TAKING = (create, claim, claim_late, take_over)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from promoter.lease.record import (
     Said,
     State,
     encode,
+    parse,
 )
 from promoter.lease.rules import Holding, Policy, Role
 from promoter.lease.run import HOLD_AT_LEAST
@@ -57,6 +59,7 @@ from tests.agents import (
     exchange,
     free_port,
     ledger,
+    poll,
     post,
     refusals,
     status,
@@ -239,7 +242,7 @@ def test_only_who_signs_is_believed_whichever_way_the_request_comes(
     wait_until_open(disk, a)
     store, disk_name = LeaseFile(disk), record(disk).disk.uuid
     with pytest.raises(Untrusted):
-        peer_of(["urn:promoter:host:a", "urn:promoter:host:b"])
+        peer_of(["urn:promoter:host:a", "urn:promoter:host:b"], 1)
     for what, wrong in unproved(disk, a.state, b.state, stranger.state).items():
         with pytest.raises(Untrusted):
             credentials(a.state).roles_of(wrong, disk_name)
@@ -302,6 +305,84 @@ def test_a_host_without_the_role_is_refused(hosts: Hosts, disk: Path, tmp_path: 
 def over_network(state: Path) -> list[str]:
     """Whom the agent has refused."""
     return [line["host"] for line in audit(state) if line.get("status") == 403]
+
+
+def test_a_host_that_was_shut_out_is_believed_no_more_and_at_once(
+    hosts: Hosts, disk: Path, tmp_path: Path
+) -> None:
+    """Over the network, on the storage, and as one that is asked; until it has another."""
+    a, b = hosts
+    running = a.run(disk, "close", *export(disk, tmp_path / "nbd"))
+    wait_until_open(disk, a)
+    store, path = LeaseFile(disk), f"{PATH}/{record(disk).disk.uuid}?wait=0"
+    old = signed(b.state, disk, id="old")
+    with agent(a.state):
+        post_it = partial(exchange, address_of(a.state), client(b.state))
+        assert status(post_it(post(path, encode(old)))) == 409, "it is not on the storage"
+        revoked = promoter(a.state, "agent", "revoke", tmp_path / "ca", "--host", b.name, "--json")
+        assert revoked.code == 0, revoked
+        listed = Path(revoked.result["list"])
+        shutil.copy(listed, agent_directory(a.state))
+        assert status(post_it(post(path, encode(old)))) == 403
+        assert status(post_it(poll(path.replace("?", "/old?")))) == 403
+        why = "the certificate of host host-b was revoked"
+        wait_for(lambda: refusals(a.state).count(why) == 2, "both in the audit log", 10)
+        assert why in answer_on_storage(store, old).why
+        assert record(disk).epoch == 1
+        shutil.rmtree(agent_directory(b.state))
+        certify(tmp_path / "ca", b.state)
+        assert listed.read_bytes() == (agent_directory(b.state) / "revoked").read_bytes()
+        new = signed(b.state, disk, id="new")
+        assert credentials(a.state).roles_of(new, record(disk).disk.uuid) == set(Role)
+        (agent_directory(a.state) / "revoked").write_text("no number\n")
+        with pytest.raises(Untrusted, match="nobody is believed"):
+            credentials(a.state).roles_of(new, record(disk).disk.uuid)
+    running.ask_to_end()
+    unknown = promoter(a.state, "agent", "revoke", tmp_path / "ca", "--host", "host-z", "--json")
+    assert (unknown.code, unknown.result["error"]) == (4, "Refused")
+
+
+def test_an_agent_that_was_shut_out_is_told_nothing(
+    hosts: Hosts, disk: Path, tmp_path: Path
+) -> None:
+    a, b = hosts
+    running = a.run(disk, "close", *export(disk, tmp_path / "nbd"))
+    wait_until_open(disk, a)
+    shutil.copy(certificates.revoke(tmp_path / "ca", a.name), agent_directory(b.state))
+    with agent(a.state):
+        assert b.lease("acquire", disk).code == 0, "by the storage"
+    assert any("host-a was revoked" in why for why in refusals(b.state))
+    assert "asked" not in {line["event"] for line in audit(a.state)}
+    running.end()
+
+
+def test_what_became_of_a_request_is_told_to_who_has_sent_it(
+    hosts: Hosts, disk: Path, tmp_path: Path
+) -> None:
+    a, b = hosts
+    running = a.run(disk, "close", *export(disk, tmp_path / "nbd"))
+    wait_until_open(disk, a)
+    wait_until_held_for_a_while()
+    running.process.send_signal(signal.SIGSTOP)
+    asked = signed(b.state, disk)
+    LeaseFile(disk).ask(asked)
+    path = f"{PATH}/{record(disk).disk.uuid}"
+    with agent(a.state):
+
+        def ask(data: bytes, state: Path) -> bytes:
+            return exchange(address_of(a.state), client(state), data)
+
+        assert status(ask(poll(f"{path}/{asked.id}?wait=0"), b.state)) == 404, "not sent yet"
+        assert status(ask(post(f"{path}?wait=0", encode(asked)), b.state)) == 202
+        assert status(ask(poll(f"{path}/{asked.id}?wait=0"), b.state)) == 202
+        assert status(ask(poll(f"{path}/{asked.id}?wait=0"), a.state)) == 404, "another's"
+        running.process.send_signal(signal.SIGCONT)
+        told = ask(poll(f"{path}/{asked.id}?wait=20"), b.state)
+        assert running.end().code == 0
+        assert status(ask(poll(f"{path}/{asked.id}?wait=0"), b.state)) == 200, "and later"
+    assert status(told) == 200
+    body = told.partition(b"\r\n\r\n")[2]
+    assert parse(Answer, body, "the answer").said is Said.RELEASED
 
 
 # --- nothing but refusals ----------------------------------------------------------------------
@@ -444,6 +525,7 @@ def wrong_requests(door: Door) -> dict[str, tuple[int, bytes, Path | None]]:
         "for an encoded path": (404, post(f"{PATH}/..%2f..%2fetc%2fpasswd", body), None),
         "elsewhere": (404, post("/", body), None),
         "another method": (405, post(door.path, body).replace(b"POST", b"GET", 1), None),
+        "for what became of nothing": (404, poll(f"{PATH}/x/y?wait=0"), None),
         "an endless wait": (400, post(door.path.replace("=0", "=1e9"), body), None),
         "no HTTP": (400, b"\0\1\2\3\r\n\r\n", None),
         "a long line": (400, post(door.path + "&" + "x" * 5000, body), None),

@@ -264,6 +264,26 @@ def test_two_disks_are_had_both_or_none(hosts: Hosts, disk: Path, tmp_path: Path
     assert promoter(b.state, *b_words).code == 0
 
 
+def test_what_was_broken_while_another_disk_was_waited_for_is_not_opened(
+    hosts: Hosts, disk: Path, tmp_path: Path
+) -> None:
+    a, b = hosts
+    later = blank(tmp_path / "later.qcow2", 1 << 20)
+    assert b.lease("acquire", later).code == 0
+    words = ["run", "--disk", disk, "--disk", later, "--timeout", 120, "--json", "--"]
+    running = start(a.state, *words, "touch", tmp_path / "ran")
+    wait_for(lambda: owner_of(disk) == a.name, "the first to be claimed", 60)
+    assert b.lease("break", disk, "--epoch", 1, "--reason", "it looked dead").code == 0
+    assert b.lease("acquire", disk).code == 0
+    assert b.lease("release", later).code == 0
+    ran = ended(running, 120)
+    assert (ran.code, ran.result["error"]) == (10, "LeaseHeld")
+    assert "was ours, and is another's" in ran.result["message"]
+    assert not (tmp_path / "ran").exists()
+    assert owner_of(disk) == b.name
+    assert record(later).state is State.FREE
+
+
 FAULTS = ("none", "owner killed", "owner stalls", "disk's user killed", "requester killed")
 
 

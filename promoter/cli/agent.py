@@ -62,6 +62,36 @@ def init(
     running.finish(work(), choose(as_json=as_json, quiet=False, verbose=False))
 
 
+@agent_app.command()
+def revoke(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Where the certificate authority is.")
+    ],
+    host: Annotated[str, typer.Option(help="The host's name in leases.")],
+    as_json: Json = False,
+) -> None:
+    """Believe a host's certificates no more: DIR/revoked then goes to every other host.
+
+    It is STATE-DIR/agent/revoked there, and takes effect at once. A later init gives the host
+    another certificate, which is not on the list.
+    """
+    voice = Voice(as_json=as_json)
+
+    async def work() -> None:
+        from promoter.lease import certificates
+
+        made = certificates.revoke(directory, host)
+        voice.event(
+            "result",
+            f"{made}: copy it to every host as STATE-DIR/agent/revoked",
+            operation="agent revoke",
+            list=made,
+            exit_code=0,
+        )
+
+    running.finish(work(), choose(as_json=as_json, quiet=False, verbose=False))
+
+
 @agent_app.command("run")
 def run_agent(state: State, as_json: Json = False) -> None:
     """Answer requests, and beat for what this host holds, until SIGTERM."""

@@ -1,6 +1,7 @@
 """``promoter agent run``: the network's door to the disks that this host holds.
 
-    POST /v1/release/DISK?wait=SECONDS   the signed request that lies on the storage
+    POST /v1/release/DISK?wait=SECONDS         the signed request that lies on the storage
+    GET /v1/release/DISK/REQUEST?wait=SECONDS  what became of it, to who has sent it
     200 released   202 accepted, ask again   409 other owner or epoch   423 busy   403 refused
 
 Who holds a disk goes on to be the process of ``promoter run``, which reads requests from the
@@ -57,6 +58,7 @@ from promoter.lease.store import Asked
 MOST_CONNECTIONS = 128
 MOST_FROM_ONE_ADDRESS = 32
 MOST_WAITING = 8
+MOST_SENT = 1024
 REQUESTS_A_SECOND, MOST_REQUESTS = 10.0, 40.0
 HANDSHAKE = 5.0
 LONGEST_CONNECTION = 60.0
@@ -92,6 +94,7 @@ class Agent:
         self._waiting = Counter[str]()
         self._allowances: dict[str, Allowance] = {}
         self._trouble: dict[str, str] = {}
+        self._sent: dict[tuple[str, str, str], tuple[LeaseFile, Asked, int]] = {}
 
     async def run(self) -> None:
         """Serve until SIGTERM."""
@@ -197,20 +200,29 @@ class Agent:
     def _application(self) -> web.Application:
         application = web.Application(client_max_size=LARGEST, middlewares=[_refusing])
         application.router.add_post(PATH + "/{disk:[0-9A-Za-z-]{1,64}}", self._release)
+        application.router.add_get(PATH + "/{disk}/{request:[0-9A-Za-z-]{1,64}}", self._poll)
         return application
 
     async def _release(self, http: web.Request) -> web.Response:
-        peer = peer_in(http.get_extra_info("peercert"))
+        peer = self._credentials.peer(http.get_extra_info("peercert"))
         wait = _seconds(http.query.get("wait", "0"))
         with self._turn(peer):
             wanted = parse(Request, await http.read(), "the request")
             if wanted.requester.host != peer.host:
                 raise Untrusted(f"host {peer.host} asks in the name of another")
             answer = await self._answer(http.match_info["disk"], wanted, wait)
-        if answer.said not in (Said.RELEASED, Said.ACCEPTED):
-            http["why"] = f"{answer.said} {answer.why}".strip()
-        later = {} if answer.retry_after is None else {"Retry-After": f"{answer.retry_after:.0f}"}
-        return web.Response(status=STATUS[answer.said], body=encode(answer), headers=later)
+        return _said(http, answer)
+
+    async def _poll(self, http: web.Request) -> web.Response:
+        peer = self._credentials.peer(http.get_extra_info("peercert"))
+        wait = _seconds(http.query.get("wait", "0"))
+        with self._turn(peer):
+            disk, identity = http.match_info["disk"], http.match_info["request"]
+            place = self._sent.get((peer.host, disk, identity))
+            if place is None:
+                raise web.HTTPNotFound(text="this host has sent no such request; send it again")
+            answer = await self._answered(*place, wait)
+        return _said(http, answer)
 
     @contextmanager
     def _turn(self, peer: Peer) -> Iterator[None]:
@@ -233,13 +245,20 @@ class Agent:
         assert record.owner, "looked at"
         if not wake(self.host, record.owner):
             await asyncio.to_thread(self._answer_all, store)
+        self._sent[wanted.requester.host, disk, wanted.id] = store, asked, record.epoch
+        while len(self._sent) > MOST_SENT:
+            del self._sent[next(iter(self._sent))]
+        return await self._answered(store, asked, record.epoch, wait)
+
+    async def _answered(self, store: LeaseFile, asked: Asked, epoch: int, wait: float) -> Answer:
+        """What is on the storage within ``wait`` seconds."""
         deadline = asyncio.get_running_loop().time() + wait
         while True:
             answer = await asyncio.to_thread(store.answer_to, asked)
             if answer and answer.said is not Said.ACCEPTED:
                 return answer
             if asyncio.get_running_loop().time() >= deadline:
-                return answer or Answer(wanted.id, Said.ACCEPTED, record.epoch)
+                return answer or Answer(asked.request.id, Said.ACCEPTED, epoch)
             await asyncio.sleep(LOOK_EVERY)  # it lies on the pool, where no event is to be had
 
     def _find(self, disk: str, wanted: Request) -> Answer | tuple[LeaseFile, LeaseRecord, Asked]:
@@ -328,6 +347,13 @@ def wake(host: Host, owner: Owner) -> bool:
         return True
     finally:
         os.close(descriptor)
+
+
+def _said(http: web.Request, answer: Answer) -> web.Response:
+    if answer.said not in (Said.RELEASED, Said.ACCEPTED):
+        http["why"] = f"{answer.said} {answer.why}".strip()
+    later = {} if answer.retry_after is None else {"Retry-After": f"{answer.retry_after:.0f}"}
+    return web.Response(status=STATUS[answer.said], body=encode(answer), headers=later)
 
 
 def _seconds(text: str) -> float:

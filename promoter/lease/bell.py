@@ -16,7 +16,7 @@ import threading
 from contextlib import suppress
 
 from promoter.errors import Refused
-from promoter.lease.credentials import Credentials, Untrusted, parse_endpoint, peer_in
+from promoter.lease.credentials import Credentials, Untrusted, parse_endpoint
 from promoter.lease.ledger import Ledger
 from promoter.lease.record import Owner, Request, encode
 
@@ -60,15 +60,16 @@ class Bell:
         from http.client import HTTPException
 
         try:
-            while not over.is_set() and self._ask(owner, disk, request) == STILL_ACCEPTED:
-                over.wait(AGAIN)  # it has waited for us; one that did not is not hurried
+            status = self._ask(owner, "POST", f"{PATH}/{disk}", encode(request))
+            while status == STILL_ACCEPTED and not over.wait(AGAIN):  # one that did not wait for
+                status = self._ask(owner, "GET", f"{PATH}/{disk}/{request.id}")  # us is not hurried
         except (OSError, HTTPException, Refused) as error:
             if self._ledger:
                 about = {"host": owner.host, "endpoint": owner.endpoint}
                 self._ledger.refused(f"the owner's agent was of no use: {error}", **about)
         over.set()
 
-    def _ask(self, owner: Owner, disk: str, request: Request) -> int:
+    def _ask(self, owner: Owner, method: str, path: str, body: bytes | None = None) -> int:
         from http.client import HTTPSConnection
 
         assert owner.endpoint, "looked at by ring"
@@ -77,11 +78,11 @@ class Bell:
         connection = HTTPSConnection(address, port, context=context, timeout=CONNECT_TIMEOUT)
         try:
             connection.connect()
-            there = peer_in(connection.sock.getpeercert())
+            there = self._credentials.peer(connection.sock.getpeercert())
             if there.host != owner.host:
                 raise Untrusted(f"at {owner.endpoint} is host {there.host}, not {owner.host}")
             connection.sock.settimeout(WAIT + SLACK)
-            connection.request("POST", f"{PATH}/{disk}?wait={WAIT}", body=encode(request))
+            connection.request(method, f"{path}?wait={WAIT}", body=body)
             return connection.getresponse().status
         finally:
             with suppress(OSError):

@@ -2,9 +2,10 @@
 
     DIRECTORY/ca.key, ca.pem   the authority; its key belongs on no host that runs guests
     DIRECTORY/HOST/            what goes to that host as STATE/agent
+    DIRECTORY/issued           every certificate it made: serial number, host, last day
+    DIRECTORY/revoked          those of them that are believed no more; goes to every host
 
-Keys are of P-256, readable by their owner alone. There is no list of revoked certificates: a
-host that may not ask any more is shut out by a new authority, or when its certificate ends.
+Keys are of P-256, readable by their owner alone.
 """
 
 from __future__ import annotations
@@ -73,13 +74,39 @@ def issue(directory: Path, host: str, endpoint: str, roles: list[Role], days: in
         raise Refused(f"{directory / 'ca.key'} is not one of promoter's", "Use another directory.")
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = _leaf(ca, key.public_key(), host, roles, days).sign(loaded, SHA256())
+    last = certificate.not_valid_after_utc.date()
+    _add(directory / "issued", [f"{certificate.serial_number:x} {host} {last}"])
     made = directory / host
     made.mkdir(exist_ok=True, mode=0o700)
     write_whole(made / "host.key", _private(key), SECRET)
     write_whole(made / "host.pem", certificate.public_bytes(Encoding.PEM))
     write_whole(made / "ca.pem", ca.public_bytes(Encoding.PEM))
     write_whole(made / "endpoint", f"{endpoint}\n".encode())
+    if (list_ := directory / "revoked").exists():
+        write_whole(made / "revoked", list_.read_bytes())
     return made
+
+
+def revoke(directory: Path, host: str) -> Path:
+    """Put every certificate that ``host`` was given so far on the list, which is returned."""
+    issued, known = _lines(directory / "issued"), _lines(directory / "revoked")
+    of_host = [line for line in issued if line.split()[1:2] == [host]]
+    if not of_host:
+        raise Refused(
+            f"no certificate of host {host} was made in {directory}",
+            "Its name is that in leases. Of those made by promoter before it kept a list, write"
+            f" the serial number (openssl x509 -serial) into {directory / 'revoked'}.",
+        )
+    _add(directory / "revoked", [line for line in of_host if line not in known])
+    return directory / "revoked"
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def _add(file: Path, lines: list[str]) -> None:
+    write_whole(file, "".join(f"{line}\n" for line in (*_lines(file), *lines)).encode())
 
 
 def _leaf(

@@ -4,9 +4,11 @@
     STATE/agent/host.pem   this host's certificate: its name, and for what it may ask
     STATE/agent/host.key   its private key
     STATE/agent/endpoint   where its agent listens, ADDRESS:PORT
+    STATE/agent/revoked    certificates that are believed no more, by serial number, one a line
 
 A certificate names a host and its roles as URIs. Where a host has certificates, a request
-without a valid signature is refused, whichever way it came.
+without a valid signature is refused, whichever way it came. The list of the revoked is read
+whenever somebody shows a certificate; one that cannot be read believes nobody.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ class Peer:
 
     host: str
     roles: frozenset[Role]
+    serial: int
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,21 @@ class Credentials:
             made.num_tickets = 0  # whoever comes again shows a certificate that is valid then
         return made
 
+    def peer(self, certificate: Mapping[str, Any] | None) -> Peer:
+        """Who is at the other end of a connection. Raises `Untrusted` when it was revoked."""
+        return self._believed(peer_in(certificate))
+
+    def _believed(self, peer: Peer) -> Peer:
+        if peer.serial in revoked(self.directory / "revoked"):
+            raise Untrusted(f"the certificate of host {peer.host} was revoked")
+        return peer
+
     def check(self, host: str) -> None:
         """Raises `Refused` unless the certificate is of ``host``."""
         from promoter.lease import signing
 
         try:
-            peer = peer_of(signing.names_in((self.directory / "host.pem").read_bytes()))
+            peer = peer_of(*signing.read((self.directory / "host.pem").read_bytes()))
         except (OSError, ValueError) as error:
             raise _unusable(self.directory, error) from error
         if peer.host != host:
@@ -107,7 +119,7 @@ class Credentials:
         if request.proof is None:
             raise Untrusted("the request is not signed", "Give that host a certificate.")
         try:
-            names = signing.names_of(
+            proved = signing.proved(
                 (self.directory / "ca.pem").read_bytes(),
                 request.proof.certificate.encode(),
                 request.proof.signature,
@@ -115,7 +127,7 @@ class Credentials:
             )
         except (signing.NotProved, OSError, ValueError) as error:  # or ours cannot be used
             raise Untrusted(f"the request's signature does not prove who asks: {error}") from error
-        peer = peer_of(names)
+        peer = self._believed(peer_of(*proved))
         if peer.host != request.requester.host:
             raise Untrusted(f"host {peer.host} asks in the name of another")
         return peer.roles
@@ -128,19 +140,34 @@ def _unusable(directory: Path, error: Exception) -> Refused:
     )
 
 
-def peer_of(uris: Iterable[str]) -> Peer:
+def revoked(file: Path) -> frozenset[int]:
+    """The serial numbers in the list ``file``; what follows one is for people. Raises
+    `Untrusted`.
+    """
+    try:
+        lines = file.read_text().splitlines()
+        return frozenset(int(line.split()[0], 16) for line in lines if line.strip())
+    except FileNotFoundError:
+        return frozenset()
+    except (OSError, ValueError) as error:
+        raise Untrusted(f"nobody is believed: {file} cannot be read: {error}") from error
+
+
+def peer_of(uris: Iterable[str], serial: int) -> Peer:
     """Whom a certificate with these URIs is of. Raises `Untrusted` unless it is one host."""
     names = list(uris)
     hosts = [name.removeprefix(HOST_URI) for name in names if name.startswith(HOST_URI)]
     if len(hosts) != 1:
         raise Untrusted("the certificate does not name one host")
-    return Peer(hosts[0], frozenset(role for role in Role if f"{ROLE_URI}{role}" in names))
+    return Peer(hosts[0], frozenset(role for role in Role if f"{ROLE_URI}{role}" in names), serial)
 
 
 def peer_in(certificate: Mapping[str, Any] | None) -> Peer:
     """Whom a certificate is of, as `ssl.SSLSocket.getpeercert` gives it."""
-    names = (certificate or {}).get("subjectAltName", ())
-    return peer_of(value for kind, value in names if kind == "URI")
+    shown = certificate or {}
+    names = shown.get("subjectAltName", ())
+    serial = int(shown.get("serialNumber", "0"), 16)
+    return peer_of((value for kind, value in names if kind == "URI"), serial)
 
 
 def parse_endpoint(text: str) -> tuple[str, int]:

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar, assert_never
 
-from promoter.errors import Cancelled, Interrupted, PromoterError, Refused
+from promoter.errors import Cancelled, Interrupted, LeaseHeld, PromoterError, Refused
 from promoter.lease import claim, rules
 from promoter.lease.claim import Acquisition, let_go
 from promoter.lease.credentials import Credentials, Untrusted
@@ -135,6 +135,7 @@ class LeasedRun:
             for store in self.stores:
                 await self._acquire(store)
                 self._came(store)
+            await asyncio.to_thread(self._expect_all)
             return await self._supervise()
         finally:
             await self._free()
@@ -187,6 +188,16 @@ class LeasedRun:
     def _came(self, store: LeaseFile) -> None:
         self._held.append(store)
         self._since[store] = self._clock()
+
+    def _expect_all(self) -> None:
+        """Nothing was broken, or taken over, while others were waited for or we stood still."""
+        for store in self.stores:
+            record = store.read()
+            if record is None or record.owner != self.owner:
+                raise LeaseHeld(
+                    f"{store.disk} was ours, and is another's before it was opened",
+                    "Nothing was started. Look who has it: promoter lease show, and run it again.",
+                )
 
     def _enter(self) -> None:
         for store in self.stores:

@@ -28,8 +28,8 @@ def sign(key: bytes, data: bytes) -> str:
     return private.sign(data, ECDSA(SHA256())).hex()
 
 
-def names_of(ca: bytes, certificate: bytes, signature: str, data: bytes) -> list[str]:
-    """The URIs that the certificate of the signer of ``data`` is for.
+def proved(ca: bytes, certificate: bytes, signature: str, data: bytes) -> tuple[list[str], int]:
+    """The certificate of the signer of ``data``, as `read` reads it.
 
     Raises `NotProved` when the signature is not that of a certificate that is valid now, by the
     authority ``ca``.
@@ -39,7 +39,7 @@ def names_of(ca: bytes, certificate: bytes, signature: str, data: bytes) -> list
         leaf = x509.load_pem_x509_certificate(certificate)
         PolicyBuilder().store(authorities).build_client_verifier().verify(leaf, [])
         _check(leaf, bytes.fromhex(signature), data)
-        return names_in(certificate)
+        return read(certificate)
     except Exception as error:  # the library has many for what is hostile, not all documented
         raise NotProved(str(error) or type(error).__name__) from error
 
@@ -51,8 +51,8 @@ def _check(leaf: x509.Certificate, signature: bytes, data: bytes) -> None:
     public.verify(signature, data, ECDSA(SHA256()))
 
 
-def names_in(certificate: bytes) -> list[str]:
-    """The URIs that a certificate in PEM is for."""
+def read(certificate: bytes) -> tuple[list[str], int]:
+    """The URIs that a certificate in PEM is for, and its serial number."""
     leaf = x509.load_pem_x509_certificate(certificate)
     names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    return list(names.get_values_for_type(x509.UniformResourceIdentifier))
+    return list(names.get_values_for_type(x509.UniformResourceIdentifier)), leaf.serial_number
