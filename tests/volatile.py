@@ -62,7 +62,7 @@ class VolatileDisk:
         self.path = directory / "pool"
         self._empty, self._disk = directory / "empty", directory / "disk"
         self._exported, self._log = directory / "exported", directory / "log"
-        self.path.mkdir()
+        self.path.mkdir(parents=True)
         with self._empty.open("wb") as file:
             file.truncate(size)
         subprocess.run([f"mkfs.{kind}", "-q", self._empty], check=True)
