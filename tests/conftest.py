@@ -64,11 +64,12 @@ class Reliability:
             self.failed[number] = "did not hold"
 
     def pytest_sessionfinish(self) -> None:
-        from tests.test_matrix import SAMPLE, table
+        if self.outcomes:
+            from tests.test_matrix import SAMPLE, table
 
-        if len(self.outcomes) > SAMPLE:
-            text = table(self.outcomes, self.failed)
-            (ROOT / "docs" / "reliability.md").write_text(text)
+            if len(self.outcomes) > SAMPLE:
+                text = table(self.outcomes, self.failed)
+                (ROOT / "docs" / "reliability.md").write_text(text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
