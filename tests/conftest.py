@@ -41,9 +41,41 @@ class Coverage:
                 (ROOT / "docs" / "coverage.md").write_text(table(self.outcomes))
 
 
+class Reliability:
+    """Writes docs/reliability.md when more of test_matrix.py was run than every change does."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[int, str] = {}
+        self.failed: dict[int, str] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if "test_matrix.py::test_cell" not in report.nodeid:
+            return
+        properties: dict[str, Any] = dict(report.user_properties)
+        if report.when == "call" and report.passed:
+            number, outcome = properties["fault"]
+            self.outcomes[number] = outcome
+        elif report.failed:
+            from tests.test_matrix import CELLS
+
+            name = report.nodeid.partition("[")[2].removesuffix("]")
+            number = next(n for n, cell in enumerate(CELLS) if str(cell) == name)
+            self.outcomes.pop(number, None)
+            self.failed[number] = "did not hold"
+
+    def pytest_sessionfinish(self) -> None:
+        if self.outcomes:
+            from tests.test_matrix import SAMPLE, table
+
+            if len(self.outcomes) > SAMPLE:
+                text = table(self.outcomes, self.failed)
+                (ROOT / "docs" / "reliability.md").write_text(text)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # not in the workers of pytest -n
         config.pluginmanager.register(Coverage())
+        config.pluginmanager.register(Reliability())
 
 
 @pytest.hookimpl(tryfirst=True)

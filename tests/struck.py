@@ -20,8 +20,9 @@ from typing import Any
 from promoter.cli.main import app
 from promoter.guests.qmp import QmpGuest
 from promoter.operations import suspended
+from promoter.operations.backup import BackupOperation
 from promoter.operations.leases import Leases
-from promoter.operations.move import Action, Do
+from promoter.operations.move import Do
 from promoter.operations.moving import MoveOperation
 from promoter.storage import images, seed
 from promoter.storage.names import Names
@@ -116,17 +117,23 @@ def install(point: str, hit: Callable[[], None]) -> None:
         setattr(owner, name, striking(getattr(owner, name), hit, before=before))
         return
     when, _, step = point.partition(" ")
-    act = MoveOperation.act
+    for operation in (MoveOperation, BackupOperation):
+        strike_step(operation, when, step, hit)
 
-    async def struck(self: MoveOperation, action: Action) -> None:
-        here = action.do is Do[step]
+
+def strike_step(operation: Any, when: str, step: str, hit: Callable[[], None]) -> None:
+    """Have a hit before or after a step of the journal, whichever operation's it is."""
+    act = operation.act
+
+    async def struck(self: Any, action: Any) -> None:
+        here = action.do.name == step
         if here and when == "before":
             hit()
         await act(self, action)
         if here and when == "after":
             hit()
 
-    setattr(MoveOperation, act.__name__, struck)
+    operation.act = struck
 
 
 def main() -> None:
