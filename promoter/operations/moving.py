@@ -44,7 +44,8 @@ from promoter.guests.base import (
 )
 from promoter.guests.bugs import loses_writes_at_start
 from promoter.operations import operation, room, verify
-from promoter.operations.journal import Journal, OperationStatus
+from promoter.operations.history import History
+from promoter.operations.journal import Journal, NoteKind, OperationStatus
 from promoter.operations.leases import Leases
 from promoter.operations.leftovers import call_merged, delete_old, kept_files, remove_spares
 from promoter.operations.move import (
@@ -129,6 +130,7 @@ class MoveOperation:
         self.intent = intent
         self._journal = journal
         self._connect = connect
+        self._history = History(intent.id, journal)
         self._leases = Leases(intent.id, str(intent.kind), journal.lock_file(intent.id))
         self._show = on_progress
         self._on_step = on_step
@@ -164,6 +166,7 @@ class MoveOperation:
         """
         self._guest = guest
         if guest is None:  # a resume: the guard may have put the switchover back
+            self._history.note(NoteKind.RESUMED)
             self._expected_cancels.update(disk.node for disk in self.intent.disks)
             await self._end_pause()
         telling = asyncio.create_task(self._leases.keep_telling(), name="telling the leases")
@@ -171,6 +174,7 @@ class MoveOperation:
             last = await operation.run(self, self._journal)
             if last.do in (Do.DONE, Do.GIVE_UP):
                 await asyncio.to_thread(self._leases.leave, self.intent.disks)
+                self._note_leases()
         except Interrupted:
             raise
         except PromoterError as error:
@@ -184,10 +188,12 @@ class MoveOperation:
                 await self._worker.dismiss()
         if last.do is not Do.DONE:
             raise self._conclude(last)
+        reports = [self._report(disk) for disk in self.intent.disks]
+        self._history.step_ended(reports)
         if different := verify.difference_of(self.intent):
+            self._note_switched()
             self._journal.conclude(self.id, OperationStatus.FAILED, different.message)
             raise different
-        reports = [self._report(disk) for disk in self.intent.disks]
         names = ", ".join(report.disk for report in reports)
         done = f"{self.intent.kind.done} {names or 'nothing'}"
         self._journal.conclude(self.id, OperationStatus.DONE, done)
@@ -195,18 +201,21 @@ class MoveOperation:
 
     def cancel(self) -> None:
         """Ask for the old state; takes effect unless the switchover has begun."""
+        self._history.note(NoteKind.ASKED, request="cancel")
         self._fail(Failure.CANCELLED, "cancelled")
         self._going.set()
         self._interrupt()
 
     def stop(self) -> None:
         """Leave everything as it is, jobs running, for ``promoter job resume``."""
+        self._history.note(NoteKind.ASKED, request="stop")
         self._stopped = True
         self._going.set()
         self._interrupt()
 
     async def change_speed(self, speed: int) -> None:
         """Limit each disk's seed or mirror to ``speed`` bytes per second, 0 for no limit."""
+        self._history.note(NoteKind.ASKED, request="speed", speed=speed)
         self._save(replace(self.intent, choices=replace(self.intent.choices, speed=speed)))
         for pace in self._paces.values():
             pace.change(speed)
@@ -216,6 +225,7 @@ class MoveOperation:
 
     async def pause(self) -> None:
         """Stop copying until `go_on`. A switchover that has begun is not held up."""
+        self._history.note(NoteKind.ASKED, request="pause")
         self._going.clear()
         for pace in self._paces.values():
             pace.pause()
@@ -229,6 +239,7 @@ class MoveOperation:
             raise Refused(
                 f"operation {self.id} runs and is not paused", f"See: promoter job watch {self.id}"
             )
+        self._history.note(NoteKind.ASKED, request="go on")
         for pace in self._paces.values():
             pace.go_on()
         await self._resume_jobs()
@@ -298,6 +309,7 @@ class MoveOperation:
                 return None
             except Unreachable as error:
                 if isinstance(error, ConnectionLost):
+                    self._history.note(NoteKind.LOST, why=error.message)
                     await self._let_go()
                     lost += 1
                     if lost < MOST_LOST:
@@ -343,6 +355,7 @@ class MoveOperation:
             hint = f"Continue: promoter job resume {self.id}"
             return Interrupted(f"{self.intent.kind} {self.id}: {what}", hint)
         if any(disk.switched for disk in self._seen.disks):
+            self._note_switched()
             names = [d.name for d, s in self._pairs() if not s.switched]
             error: PromoterError = Interrupted(
                 f"{', '.join(names)} stayed on the old chain, the other disks are done:"
@@ -358,6 +371,15 @@ class MoveOperation:
             status = OperationStatus.CANCELLED if cancelled else OperationStatus.FAILED
             self._journal.conclude(self.id, status, error.message)
         return error
+
+    def _note_switched(self) -> None:
+        self._history.note(
+            NoteKind.SWITCHED, disks=[disk.name for disk, seen in self._pairs() if seen.switched]
+        )
+
+    def _note_leases(self) -> None:
+        for written in self._leases.written():
+            self._history.note(NoteKind.LEASE, **written)
 
     def _pairs(self) -> list[tuple[DiskIntent, DiskSeen]]:
         return list(zip(self.intent.disks, self._seen.disks, strict=True))
@@ -382,6 +404,8 @@ class MoveOperation:
             raise kind(f"{action}: {error}") from error
         finally:
             self._acting = None
+            self._note_leases()
+            self._history.step_ended(self._reports.values())
 
     def failed(self, action: Action, error: PromoterError) -> None:
         if isinstance(error, ConnectionLost):
@@ -403,9 +427,11 @@ class MoveOperation:
 
     def _on_progress(self, disk: str, phase: str, progress: Progress) -> None:
         self._leases.note(disk, phase, progress)
+        self._history.progress(disk, phase, progress)
         self._show(disk, phase, progress)
 
     def _remember_limits(self, disk: str, limits: Mapping[str, int]) -> None:
+        self._history.note(NoteKind.SLOWED, disk=disk)
         self._save(replace(self.intent, limits={**self.intent.limits, disk: limits}))
 
     async def _do(self, action: Action) -> None:
