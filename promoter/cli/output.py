@@ -28,9 +28,10 @@ from promoter.operations.journal import Entry, OperationStatus, Step
 from promoter.operations.move import DiskIntent, Kind, Way
 from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import Plan
+from promoter.operations.report import Report
 from promoter.operations.verify import cost
 from promoter.storage.siblings import Siblings
-from promoter.values import from_builtins
+from promoter.values import as_builtins, from_builtins
 
 LINE_EVERY = 5.0
 NOTHING = {
@@ -69,6 +70,8 @@ class Output(Protocol):
     def operations(self, entries: Sequence[Entry]) -> None: ...
 
     def operation_steps(self, entry: Entry, steps: Sequence[Step]) -> None: ...
+
+    def report(self, report: Report) -> None: ...
 
     def speed(self, operation: str, speed: int) -> None: ...
 
@@ -114,6 +117,9 @@ class JsonOutput:
         self.operations([entry])
         for step in steps:
             self._say("step", id=entry.id, **asdict(step))
+
+    def report(self, report: Report) -> None:
+        self._say("report", **as_builtins(report))
 
     def speed(self, operation: str, speed: int) -> None:
         self._say("result", operation="speed", id=operation, speed=speed, exit_code=0)
@@ -183,6 +189,11 @@ class PlainOutput:
         self.console.print(table)
         if entry.status is OperationStatus.INTERRUPTED:
             self.console.print(f"Continue: promoter job resume {entry.id}")
+
+    def report(self, report: Report) -> None:
+        from promoter.cli.report import lines
+
+        self.console.print(lines(report))
 
     def speed(self, operation: str, speed: int) -> None:
         limit = f"{human_bytes(speed)}/s" if speed else "none"

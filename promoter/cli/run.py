@@ -21,7 +21,8 @@ from promoter.cli.output import JsonOutput, Output, replay
 from promoter.errors import Cancelled, Interrupted, PromoterError, Refused
 from promoter.guests import connect as guests
 from promoter.guests.base import Guest, GuestView
-from promoter.operations import backup, control
+from promoter.operations import backup, control, metrics
+from promoter.operations import report as reports
 from promoter.operations.backup import Backup, BackupOperation
 from promoter.operations.journal import Entry, Journal, OperationStatus, new_id
 from promoter.operations.leases import leave, registered
@@ -160,6 +161,27 @@ async def watch(identity: str, state: Path, output: Output) -> None:
         raise Interrupted(
             f"operation {running} stopped half-way", f"Continue: promoter job resume {running}"
         )
+
+
+async def list_operations(state: Path, output: Output, prometheus: Path | None) -> None:
+    """Show the operations of this host, or write what Prometheus is to know of them."""
+    journal = Journal(state)
+    if prometheus:
+        metrics.write(journal, prometheus)
+    else:
+        output.operations(journal.entries())
+
+
+async def report(identity: str, state: Path, output: Output, html: Path | None) -> None:
+    """Tell what happened in an operation, or write it into a file."""
+    journal = Journal(state)
+    told = reports.make(journal, journal.entry(identity))
+    if html:
+        from promoter.cli.report import write_page
+
+        write_page(told, html)
+    else:
+        output.report(told)
 
 
 def _running(identity: str, state: Path) -> str:
