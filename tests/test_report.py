@@ -34,7 +34,9 @@ class Case:
         return promoter(self.state, *words, *self.guest.address, "--json")
 
     def until(self, text: str, *words: object) -> tuple[Any, dict[str, Any]]:
-        process = start(self.state, *words, *self.guest.address, "--json")
+        config = self.state.with_name("promoter.toml")
+        told = {"PROMOTER_CONFIG": str(config)} if config.exists() else {}
+        process = start(self.state, *words, *self.guest.address, "--json", environment=told)
         return process, json.loads(read_until(process, text)[-1])
 
     def report(self, identity: str) -> dict[str, Any]:
@@ -56,6 +58,8 @@ class Case:
 @pytest.mark.sampled(2)
 def test_a_report_tells_what_was_seen(make: Make, tmp_path: Path) -> None:
     case = Case(make, tmp_path)
+    hook = f"hook = ['sh', '-c', 'cat > {tmp_path}/told; exit 3']"
+    (tmp_path / "promoter.toml").write_text(hook)
     with case.guest as guest:
         guest.wait_for_acks(60)
         running, seen = case.until('"phase": "seed"', "promote", "--speed", SLOW)
@@ -66,6 +70,10 @@ def test_a_report_tells_what_was_seen(make: Make, tmp_path: Path) -> None:
         assert told["status"] == "cancelled"
         assert case.is_chain(told["disks"][0]["after"])
         assert any(each["what"] == "asked for: cancel" for each in told["timeline"])
+        last = told["timeline"][-1]
+        assert (last["what"], last["outcome"]) == ("hook command", "exit code 3")
+        heard = json.loads((tmp_path / "told").read_text())
+        assert (heard["id"], heard["status"], heard["exit_code"]) == (cancelled, "cancelled", 7)
 
         how = ("promote", "--seed", "none", "--verify")
         running, seen = case.until('"phase": "mirror"', *how, "--speed", "10M")

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from promoter.cli import agent, hook, lease, run
+from promoter.cli.config import configure
 from promoter.cli.doctor import Doctor
 from promoter.cli.output import choose
 from promoter.guests.base import DEFAULT_URI
@@ -32,6 +33,7 @@ app.add_typer(lease.lease_app, name="lease")
 app.add_typer(agent.agent_app, name="agent")
 app.add_typer(hook.hook_app, name="hook")
 app.command("run")(lease.run)
+app.callback()(configure)
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 FASTEST = 2**62  # QEMU counts in 64 bits

@@ -8,10 +8,11 @@ give the next step.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -51,6 +52,7 @@ ASKED = {
     "cancel": "asked to go back; a switchover that has begun still goes through",
 }
 LOG_WIDTH = 500
+ERROR, WARNING, INFO = 3, 4, 6  # syslog's
 
 
 def human_seconds(seconds: float | None) -> str:
@@ -86,6 +88,8 @@ class Output(Protocol):
     def result(self, result: dict[str, Any], reports: Sequence[DiskReport]) -> None: ...
 
     def backups(self, result: dict[str, Any], copied: Sequence[Copied]) -> None: ...
+
+    def warning(self, text: str) -> None: ...
 
     def error(self, error: PromoterError) -> None: ...
 
@@ -154,6 +158,9 @@ class JsonOutput:
     def backups(self, result: dict[str, Any], copied: Sequence[Copied]) -> None:
         self._say("result", **result, disks=[asdict(each) for each in copied])
 
+    def warning(self, text: str) -> None:
+        sys.stderr.write(f"warning: {text}\n")  # the result stays the last event
+
     def error(self, error: PromoterError) -> None:
         self._say("error", **as_fields(error))
 
@@ -165,8 +172,9 @@ class PlainOutput:
     """Lines for a log: each phase when it begins, every few seconds, and at its end."""
 
     def __init__(self, *, quiet: bool, verbose: bool) -> None:
-        self.console = _console(quiet=quiet)
-        self.errors = _console(stderr=True)
+        self.console = _console(sys.stdout, INFO, quiet=quiet)
+        self.warnings = _console(sys.stderr, WARNING)
+        self.errors = _console(sys.stderr, ERROR)
         self._verbose = verbose
         self._said: dict[tuple[str, str], float] = {}
 
@@ -285,6 +293,9 @@ class PlainOutput:
             rows.append(("second name", f"{escape(str(report.spare))}, until this QEMU ends"))
         self._table(rows)
 
+    def warning(self, text: str) -> None:
+        self.warnings.print(f"warning: {escape(text)}")
+
     def error(self, error: PromoterError) -> None:
         self.errors.print(f"[bold red]error:[/] {escape(error.message)}")
         if error.hint:
@@ -327,9 +338,36 @@ class LiveOutput(PlainOutput):
         self._bars.stop()
 
 
-def _console(*, quiet: bool = False, stderr: bool = False) -> Console:
+class _Prioritised:
+    """A stream to the journal, where each line begins with how grave it is."""
+
+    def __init__(self, stream: TextIO, priority: int) -> None:
+        self._stream, self._mark = stream, f"<{priority}>"
+        self._begun = False
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines(keepends=True):
+            self._stream.write(line if self._begun else self._mark + line)
+            self._begun = not line.endswith("\n")
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def is_journal(stream: TextIO) -> bool:
+    """Does what is written there go to systemd's journal? It says so by device and inode."""
+    try:
+        file = os.fstat(stream.fileno())
+    except (OSError, ValueError):  # no file at all
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{file.st_dev}:{file.st_ino}"
+
+
+def _console(stream: TextIO, priority: int, *, quiet: bool = False) -> Console:
     """A console that never breaks a path in a log."""
-    console = Console(quiet=quiet, stderr=stderr, highlight=False, soft_wrap=True)
+    file = cast(TextIO, _Prioritised(stream, priority)) if is_journal(stream) else stream
+    console = Console(file=file, quiet=quiet, highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = LOG_WIDTH
     return console
