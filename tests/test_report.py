@@ -94,7 +94,8 @@ def test_a_report_tells_what_was_seen(make: Make, tmp_path: Path) -> None:
         assert f"{result['verified_bytes']:,} bytes compared" in disk["verification"]
         mirrors = [phase for phase in told["phases"] if phase["phase"] == "mirror"]
         assert len(mirrors) == 2
-        assert mirrors[-1]["samples"][-1]["done"] >= result["mirrored_bytes"] > 0
+        assert disk["copied_bytes"] == result["mirrored_bytes"]
+        assert result["mirrored_bytes"] >= mirrors[-1]["samples"][-1]["done"] > 0
 
         backed = case.run("backup", tmp_path / "backups")
         assert backed.code == 0, backed

@@ -254,10 +254,12 @@ def _verification(disk: DiskIntent, move: Move) -> str:
 
 
 def _phases(notes: Sequence[Note]) -> tuple[Phase, ...]:
-    """Samples of one disk and phase belong together until its clock starts anew."""
+    """Samples of one disk and phase belong together until its clock, or promoter, starts anew."""
     runs: list[list[Note]] = []
     open_runs: dict[str, list[Note]] = {}
     for note in notes:
+        if note.kind is NoteKind.RESUMED:
+            open_runs.clear()
         if note.kind is not NoteKind.RATE:
             continue
         run = open_runs.get(note.fields["disk"])
