@@ -15,6 +15,12 @@ def to_json(value: object) -> str:
     return msgspec.json.encode(value, enc_hook=_from_path).decode()
 
 
+def as_builtins(value: object) -> dict[str, Any]:
+    """A dataclass as what JSON can hold."""
+    fields: dict[str, Any] = msgspec.to_builtins(value, enc_hook=_from_path)
+    return fields
+
+
 def from_json(kind: type[T], text: str | bytes) -> T:
     """The value that `to_json` wrote. Raises msgspec's ValidationError, a ValueError."""
     return msgspec.json.decode(text, type=kind, dec_hook=_to_path)

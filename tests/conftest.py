@@ -15,6 +15,8 @@ from tests.vm import ROOT, VM, Disk, other_qemu
 
 Make = Callable[[Sequence[Disk]], VM | Domain]
 
+os.environ["PROMOTER_CONFIG"] = ""  # this host's own is not the tests'
+
 settings.register_profile("promoter", database=None, deadline=None, max_examples=60)
 settings.load_profile("promoter")
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from promoter.cli import agent, hook, lease, run
+from promoter.cli.config import configure
 from promoter.cli.output import choose
 from promoter.cli.units import parse_cluster_size, parse_duration, parse_speed
 from promoter.guests.base import DEFAULT_URI
@@ -127,6 +128,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     _version: Annotated[
         bool,
         typer.Option(
@@ -138,6 +140,7 @@ def options(
     ] = False,
 ) -> None:
     """Change the disks of virtual machines while they run."""
+    configure(context)
 
 
 @app.command()
@@ -393,15 +396,32 @@ def doctor(
     run.finish(visit, output)
 
 
+@app.command("report")
+def show_report(
+    identity: Identity,
+    state: State,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it as a page of HTML instead.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what happened in an operation: chains before and after, times, rates, faults, proof."""
+    output = choose(as_json=as_json, quiet=False, verbose=False)
+    run.finish(run.report(identity, state, output, html), output)
+
+
 @job_app.command("list")
-def list_jobs(state: State, as_json: Json = False) -> None:
+def list_jobs(
+    state: State,
+    prometheus: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write metrics there, for a textfile collector."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """List the operations of this host, the newest last."""
     output = choose(as_json=as_json, quiet=False, verbose=False)
-
-    async def work() -> None:
-        output.operations(Journal(state).entries())
-
-    run.finish(work(), output)
+    run.finish(run.list_operations(state, output, prometheus), output)
 
 
 @job_app.command("show")

@@ -19,9 +19,10 @@ from promoter.operations.backup import KIND, Copied
 from promoter.operations.journal import Entry, Step
 from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import Plan
+from promoter.operations.report import Report
 from promoter.operations.verify import cost
 from promoter.storage.siblings import Siblings
-from promoter.values import from_builtins
+from promoter.values import as_builtins, from_builtins
 
 
 class Output(Protocol):
@@ -32,6 +33,8 @@ class Output(Protocol):
     def operations(self, entries: Sequence[Entry]) -> None: ...
 
     def operation_steps(self, entry: Entry, steps: Sequence[Step]) -> None: ...
+
+    def report(self, report: Report) -> None: ...
 
     def speed(self, operation: str, speed: int) -> None: ...
 
@@ -46,6 +49,8 @@ class Output(Protocol):
     def result(self, result: dict[str, Any], reports: Sequence[DiskReport]) -> None: ...
 
     def backups(self, result: dict[str, Any], copied: Sequence[Copied]) -> None: ...
+
+    def warning(self, text: str) -> None: ...
 
     def error(self, error: PromoterError) -> None: ...
 
@@ -77,6 +82,9 @@ class JsonOutput:
         self.operations([entry])
         for step in steps:
             self._say("step", id=entry.id, **asdict(step))
+
+    def report(self, report: Report) -> None:
+        self._say("report", **as_builtins(report))
 
     def speed(self, operation: str, speed: int) -> None:
         self._say("result", operation="speed", id=operation, speed=speed, exit_code=0)
@@ -110,6 +118,9 @@ class JsonOutput:
 
     def backups(self, result: dict[str, Any], copied: Sequence[Copied]) -> None:
         self._say("result", **result, disks=[asdict(each) for each in copied])
+
+    def warning(self, text: str) -> None:
+        sys.stderr.write(f"warning: {text}\n")  # the result stays the last event
 
     def error(self, error: PromoterError) -> None:
         self._say("error", **as_fields(error))

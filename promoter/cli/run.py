@@ -17,11 +17,13 @@ from typing import Any, TypeVar
 import typer
 
 from promoter.blockjob import Progress
+from promoter.cli.config import settings
 from promoter.cli.output import JsonOutput, Output, replay
 from promoter.errors import Cancelled, Interrupted, PromoterError, Refused
 from promoter.guests import connect as guests
 from promoter.guests.base import Guest, GuestView
-from promoter.operations import backup, control
+from promoter.operations import backup, control, ending, metrics
+from promoter.operations import report as reports
 from promoter.operations.backup import Backup, BackupOperation
 from promoter.operations.course import OnProgress
 from promoter.operations.journal import Entry, Journal, OperationStatus, new_id
@@ -164,6 +166,27 @@ async def watch(identity: str, state: Path, output: Output) -> None:
         )
 
 
+async def list_operations(state: Path, output: Output, prometheus: Path | None) -> None:
+    """Show the operations of this host, or write what Prometheus is to know of them."""
+    journal = Journal(state)
+    if prometheus:
+        metrics.write(journal, prometheus)
+    else:
+        output.operations(journal.entries())
+
+
+async def report(identity: str, state: Path, output: Output, html: Path | None) -> None:
+    """Tell what happened in an operation, or write it into a file."""
+    journal = Journal(state)
+    told = reports.make(journal, journal.entry(identity))
+    if html:
+        from promoter.cli.report import write_page
+
+        write_page(told, html)
+    else:
+        output.report(told)
+
+
 def _running(identity: str, state: Path) -> str:
     entry = Journal(state).entry(identity)
     if entry.status is not OperationStatus.RUNNING:
@@ -268,12 +291,32 @@ async def _watched(
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, operation.cancel)
     loop.add_signal_handler(signal.SIGTERM, operation.stop)
-    async with control.controlled(journal.directory, identity, operation, events):
-        try:
-            yield operation, outputs
-        except PromoterError as error:
-            outputs[1].error(error)
-            raise
+    try:
+        async with control.controlled(journal.directory, identity, operation, events):
+            try:
+                yield operation, outputs
+            except PromoterError as error:
+                outputs[1].error(error)
+                raise
+    finally:
+        if (command := settings().hook) and events.last:
+            await _tell(command, journal, identity, events.last, output)
+
+
+async def _tell(
+    command: tuple[str, ...],
+    journal: Journal,
+    identity: str,
+    event: dict[str, Any],
+    output: Output,
+) -> None:
+    """Run the operator's hook; a signal ends it, and only it."""
+    work = ending.tell(command, journal, identity, event)
+    telling = asyncio.create_task(work, name="hook")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, telling.cancel)
+    if failure := await telling:
+        output.warning(failure)
 
 
 def _result(intent: Move | Backup, status: str) -> dict[str, Any]:

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,6 +17,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from promoter.blockjob import Progress
+from promoter.cli.report import lines
 from promoter.cli.tree import tree
 from promoter.cli.units import human_bytes, human_seconds
 from promoter.errors import PromoterError
@@ -24,6 +27,7 @@ from promoter.operations.journal import Entry, OperationStatus, Step
 from promoter.operations.move import DiskIntent, Kind, Way
 from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import Plan
+from promoter.operations.report import Report
 from promoter.operations.verify import cost
 from promoter.storage.siblings import Siblings
 
@@ -45,14 +49,16 @@ ASKED = {
     "cancel": "asked to go back; a switchover that has begun still goes through",
 }
 LOG_WIDTH = 500
+ERROR, WARNING, INFO = 3, 4, 6  # syslog's
 
 
 class PlainOutput:
     """Lines for a log: each phase when it begins, every few seconds, and at its end."""
 
     def __init__(self, *, quiet: bool, verbose: bool) -> None:
-        self.console = _console(quiet=quiet)
-        self.errors = _console(stderr=True)
+        self.console = _console(sys.stdout, INFO, quiet=quiet)
+        self.warnings = _console(sys.stderr, WARNING)
+        self.errors = _console(sys.stderr, ERROR)
         self._verbose = verbose
         self._said: dict[tuple[str, str], float] = {}
 
@@ -75,6 +81,9 @@ class PlainOutput:
         self.console.print(table)
         if entry.status is OperationStatus.INTERRUPTED:
             self.console.print(f"Continue: promoter job resume {entry.id}")
+
+    def report(self, report: Report) -> None:
+        self.console.print(lines(report))
 
     def speed(self, operation: str, speed: int) -> None:
         limit = f"{human_bytes(speed)}/s" if speed else "none"
@@ -166,6 +175,9 @@ class PlainOutput:
             rows.append(("second name", f"{escape(str(report.spare))}, until this QEMU ends"))
         self._table(rows)
 
+    def warning(self, text: str) -> None:
+        self.warnings.print(f"warning: {escape(text)}")
+
     def error(self, error: PromoterError) -> None:
         self.errors.print(f"[bold red]error:[/] {escape(error.message)}")
         if error.hint:
@@ -208,9 +220,36 @@ class LiveOutput(PlainOutput):
         self._bars.stop()
 
 
-def _console(*, quiet: bool = False, stderr: bool = False) -> Console:
+class _Prioritised:
+    """A stream to the journal, where each line begins with how grave it is."""
+
+    def __init__(self, stream: TextIO, priority: int) -> None:
+        self._stream, self._mark = stream, f"<{priority}>"
+        self._begun = False
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines(keepends=True):
+            self._stream.write(line if self._begun else self._mark + line)
+            self._begun = not line.endswith("\n")
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def is_journal(stream: TextIO) -> bool:
+    """Does what is written there go to systemd's journal? It says so by device and inode."""
+    try:
+        file = os.fstat(stream.fileno())
+    except (OSError, ValueError):  # no file at all
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{file.st_dev}:{file.st_ino}"
+
+
+def _console(stream: TextIO, priority: int, *, quiet: bool = False) -> Console:
     """A console that never breaks a path in a log."""
-    console = Console(quiet=quiet, stderr=stderr, highlight=False, soft_wrap=True)
+    file = cast(TextIO, _Prioritised(stream, priority)) if is_journal(stream) else stream
+    console = Console(file=file, quiet=quiet, highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = LOG_WIDTH
     return console

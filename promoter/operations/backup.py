@@ -32,7 +32,8 @@ from promoter.errors import (
 from promoter.guests.base import Domain, Guest
 from promoter.operations import consolidate, operation, snapshot
 from promoter.operations.course import OnProgress
-from promoter.operations.journal import Journal, OperationStatus, new_id
+from promoter.operations.history import History
+from promoter.operations.journal import Journal, NoteKind, OperationStatus, new_id
 from promoter.operations.leases import Leases
 from promoter.operations.move import Choices, DiskIntent, DomainAddress, Move, Old
 from promoter.operations.moving import MoveOperation, OnStep
@@ -234,11 +235,12 @@ class BackupOperation:
         self.intent = intent
         self._journal = journal
         self._connect = connect
-        self._on_progress = on_progress
+        self._show = on_progress
         self._on_step = on_step
         self._stopped = False
         self._child: MoveOperation | None = None
         self._copying: asyncio.Task[None] | None = None
+        self._history = History(intent.id, journal)
         self._leases = Leases(intent.id, KIND, journal.lock_file(intent.id))
         self._pace = Pace(intent.choices.speed)
         self._reports: dict[str, list[DiskReport]] = {}
@@ -253,6 +255,8 @@ class BackupOperation:
 
         Raises what made it fail, after the delta has been merged; `Interrupted` half-way.
         """
+        if self._journal.steps(self.id):
+            self._history.note(NoteKind.RESUMED)
         last = await operation.run(self, self._journal)
         if last.do not in (Do.DONE, Do.GIVE_UP):
             raise Interrupted(
@@ -271,6 +275,7 @@ class BackupOperation:
 
     def cancel(self) -> None:
         """Ask for no backup; a delta that is there is merged all the same."""
+        self._history.note(NoteKind.ASKED, request="cancel")
         self._fail(Cancelled(f"backup {self.id} was cancelled", "The guest has its old chain."))
         if self._copying:
             self._copying.cancel()
@@ -279,6 +284,7 @@ class BackupOperation:
 
     def stop(self) -> None:
         """Leave everything as it is for ``promoter job resume``."""
+        self._history.note(NoteKind.ASKED, request="stop")
         self._stopped = True
         if self._child:
             self._child.stop()
@@ -287,6 +293,7 @@ class BackupOperation:
 
     async def change_speed(self, speed: int) -> None:
         """Limit copying and merging to ``speed`` bytes per second, 0 for no limit."""
+        self._history.note(NoteKind.ASKED, request="speed", speed=speed)
         self._save(replace(self.intent, choices=replace(self.intent.choices, speed=speed)))
         self._pace.change(speed)
         if self._child:
@@ -294,6 +301,7 @@ class BackupOperation:
 
     async def pause(self) -> None:
         """Copy and merge nothing more until `go_on`."""
+        self._history.note(NoteKind.ASKED, request="pause")
         self._pace.pause()
         if self._child:
             await self._child.pause()
@@ -302,6 +310,7 @@ class BackupOperation:
         """Copy on after a `pause`. Raises `Refused` when there was none."""
         if not self._pace.paused:
             raise Refused(f"backup {self.id} is not paused", f"See: promoter job watch {self.id}")
+        self._history.note(NoteKind.ASKED, request="go on")
         self._pace.go_on()
         if self._child:
             await self._child.go_on()
@@ -352,6 +361,10 @@ class BackupOperation:
             raise error
         self._fail(error)
 
+    def _on_progress(self, disk: str, phase: str, progress: Progress) -> None:
+        self._history.progress(disk, phase, progress)
+        self._show(disk, phase, progress)
+
     def _fail(self, error: PromoterError) -> None:
         if not self.intent.failure:
             why, hint, code = error.message, error.hint, error.exit_code
@@ -382,7 +395,7 @@ class BackupOperation:
                 self._journal.open(identity, move.kind, move.guest, kept)
             else:
                 move = recorded_move(entry)
-            connect, progress, step = self._connect, self._on_progress, self._on_step
+            connect, progress, step = self._connect, self._show, self._on_step
             self._child = MoveOperation(move, self._journal, connect, progress, step)
             if self._pace.paused:
                 await self._child.pause()

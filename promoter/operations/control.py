@@ -78,9 +78,13 @@ class Events:
         self._watchers: set[_Watcher] = set()
         self._ended = False
         self._latest: dict[tuple[object, object], Event] = {}
+        self.last: Event | None = None
+        """How the operation ended, once it has."""
 
     def publish(self, event: Event) -> None:
         """Tell everyone who watches. Never waits for them."""
+        if event["event"] in ("result", "error"):
+            self.last = event
         key = (event.get("event"), event.get("disk"))
         self._latest.pop(key, None)  # so that it becomes the last one
         self._latest[key] = event

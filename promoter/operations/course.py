@@ -15,7 +15,8 @@ from dataclasses import replace
 from promoter.blockjob import Progress
 from promoter.errors import Interrupted, JobFailed, PromoterError, Unreachable
 from promoter.guests.base import ConnectionLost, Domain, Guest, GuestView, NoGuest, PlainGuest
-from promoter.operations.journal import Journal
+from promoter.operations.history import History
+from promoter.operations.journal import Journal, NoteKind
 from promoter.operations.leases import Leases
 from promoter.operations.leftovers import kept_files
 from promoter.operations.move import DiskIntent, DiskSeen, Failure, Job, Move, Seen, Way
@@ -43,6 +44,7 @@ class Course:
         self.connect = connect
         self.show = show
         self.leases = Leases(intent.id, str(intent.kind), journal.lock_file(intent.id))
+        self.history = History(intent.id, journal)
         self.guest: Guest | None = None
         self.worker: Worker | None = None
         self.seen = Seen(alive=False, disks=())
@@ -85,6 +87,7 @@ class Course:
 
     def tell(self, disk: str, phase: str, progress: Progress) -> None:
         self.leases.note(disk, phase, progress)
+        self.history.progress(disk, phase, progress)
         self.show(disk, phase, progress)
 
     def pairs(self) -> list[tuple[DiskIntent, DiskSeen]]:
@@ -131,6 +134,7 @@ class Course:
                 return None
             except Unreachable as error:
                 if isinstance(error, ConnectionLost):
+                    self.history.note(NoteKind.LOST, why=error.message)
                     await self.let_go()
                     lost += 1
                     if lost < MOST_LOST:
@@ -156,7 +160,12 @@ class Course:
         return any(is_locked(name) or is_open(name) for name in names)
 
     def _remember_limits(self, disk: str, limits: Mapping[str, int]) -> None:
+        self.history.note(NoteKind.SLOWED, disk=disk)
         self.save(replace(self.intent, limits={**self.intent.limits, disk: limits}))
+
+    def note_leases(self) -> None:
+        for written in self.leases.written():
+            self.history.note(NoteKind.LEASE, **written)
 
     async def jobs(self) -> list[tuple[Guest, str]]:
         """Our jobs that are there."""

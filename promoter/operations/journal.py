@@ -3,16 +3,20 @@
 The journal says only what we meant; what is true is asked of the hypervisor
 and the files. A running operation holds a lock on a file of its own, so that
 whoever reads the journal can tell running from interrupted.
+
+*Notes* are what nobody decides by: for `promoter.operations.report`. They survive promoter, but
+perhaps not this host: none of them waits for the disk.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import secrets
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -29,6 +33,9 @@ CREATE TABLE IF NOT EXISTS steps (
     operation TEXT NOT NULL REFERENCES operations(id), number INTEGER NOT NULL,
     action TEXT NOT NULL, started TEXT NOT NULL, ended TEXT, outcome TEXT,
     PRIMARY KEY (operation, number));
+CREATE TABLE IF NOT EXISTS notes (
+    operation TEXT NOT NULL, at TEXT NOT NULL, kind TEXT NOT NULL, fields TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS notes_of ON notes (operation);
 """
 
 
@@ -68,6 +75,29 @@ class Step:
     started: str
     ended: str | None
     outcome: str | None
+
+
+class NoteKind(StrEnum):
+    """What is noted of an operation."""
+
+    RESUMED = "resumed"
+    LOST = "connection lost"
+    ASKED = "asked"
+    SLOWED = "slowed"
+    RATE = "rate"
+    LEASE = "lease"
+    DISK = "disk"
+    SWITCHED = "switched"
+    HOOK = "hook"
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something that happened in an operation; ``fields`` are what JSON can hold."""
+
+    at: str
+    kind: NoteKind
+    fields: dict[str, Any]
 
 
 def state_directory() -> Path:
@@ -145,6 +175,23 @@ class Journal:
             "UPDATE operations SET status = ?, result = ?, updated = ? WHERE id = ?",
             (status, result, _now(), operation),
         )
+
+    def note(self, operation: str, kind: NoteKind, fields: dict[str, Any]) -> None:
+        """Note what happened, without an fsync. That it cannot be noted stops nothing."""
+        row = (operation, _now(), kind, json.dumps(fields, default=str))
+        with suppress(sqlite3.Error):
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            try:
+                self._db.execute("INSERT INTO notes VALUES (?, ?, ?, ?)", row)
+            finally:
+                self._db.execute("PRAGMA synchronous=FULL")
+
+    def notes(self, operation: str) -> list[Note]:
+        """What was noted of an operation, in its order."""
+        rows = self._db.execute(
+            "SELECT at, kind, fields FROM notes WHERE operation = ? ORDER BY rowid", (operation,)
+        )
+        return [Note(at, NoteKind(kind), json.loads(fields)) for at, kind, fields in rows]
 
     def entries(self) -> list[Entry]:
         """All operations, the newest last."""

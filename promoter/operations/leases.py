@@ -171,14 +171,26 @@ class Leases:
         self._operation = Operation(identity, kind, str(lock))
         self._state = lock.parent
         self._joined: set[Path] = set()
+        self._written: list[dict[str, object]] = []
         self._progress: dict[str, tuple[str, Progress]] = {}
+
+    def written(self) -> list[dict[str, object]]:
+        """The epochs that were written since this was asked last."""
+        written, self._written = self._written, []
+        return written
+
+    def _put(self, store: LeaseFile, make: Write) -> bool:
+        record = _write(store, make)
+        if record:
+            self._written.append({"file": str(store.disk), "epoch": record.epoch})
+        return record is not None
 
     def join(self, disks: Iterable[DiskIntent]) -> None:
         """The operation works on the disks from now on. Raises `Refused` when it may not."""
         for disk in disks:
             if store := _of(disk):
                 host = this_host(self._state)
-                _write(store, partial(_begun, host, self._operation))
+                self._put(store, partial(_begun, host, self._operation))
                 self._joined.add(store.disk)
 
     def announce(self, disk: DiskIntent) -> None:
@@ -193,13 +205,13 @@ class Leases:
             alternate = DiskIdentity(record.disk.uuid, new.device, new.inode)
             return rules.work(record, host.name, self._operation, new_stamp(), alternate)
 
-        _write(store, write)
+        self._put(store, write)
 
     def leave(self, disks: Iterable[DiskIntent]) -> None:
         """The operation is over: the disk is the file that lies there."""
         for disk in disks:
             if store := _of(disk):
-                _write(store, partial(_ended, this_host(self._state), self._operation))
+                self._put(store, partial(_ended, this_host(self._state), self._operation))
         self._joined.clear()
 
     def note(self, disk: str, phase: str, progress: Progress) -> None:
@@ -242,7 +254,7 @@ class Leases:
                     return rules.remove_reader(record, host.name, reader, new_stamp())
             return None
 
-        while _write(store, write):
+        while self._put(store, write):
             pass
 
 
@@ -266,15 +278,15 @@ def _of(disk: DiskIntent) -> LeaseFile | None:
     return None if disk.names.remote else lease_of(disk.names.path)
 
 
-def _write(store: LeaseFile, make: Write) -> bool:
-    """Write the record that ``make`` makes of the newest one; False when it makes none."""
+def _write(store: LeaseFile, make: Write) -> LeaseRecord | None:
+    """Write the record that ``make`` makes of the newest one; None when it makes none."""
     while True:
         record = _read(store)
         made = make(record)
         if made is None:
-            return False
+            return None
         if store.compare_and_swap(record.epoch, made):
-            return True
+            return made
 
 
 def _inodes(record: LeaseRecord) -> set[int]:

@@ -18,7 +18,7 @@ from promoter.errors import Cancelled, Interrupted, JobFailed, NoSpace, Promoter
 from promoter.guests.base import CommandFailed, ConnectionLost, Guest
 from promoter.operations import acts, operation, verify
 from promoter.operations.course import Connect, Course, OnProgress
-from promoter.operations.journal import Journal, OperationStatus
+from promoter.operations.journal import Journal, NoteKind, OperationStatus
 from promoter.operations.move import FINAL, Action, Do, Failure, Move, Seen, decide
 from promoter.operations.observation import has_made, observe
 from promoter.operations.outcome import DiskReport, error_of
@@ -71,6 +71,7 @@ class MoveOperation:
         """
         self._course.guest = guest
         if guest is None:  # a resume: the guard may have put the switchover back
+            self._course.history.note(NoteKind.RESUMED)
             self._course.expected_cancels.update(disk.node for disk in self.intent.disks)
             await self._end_pause()
         telling = asyncio.create_task(self._course.leases.keep_telling(), name="telling the leases")
@@ -78,6 +79,7 @@ class MoveOperation:
             last = await operation.run(self, self._course.journal)
             if last.do in (Do.DONE, Do.GIVE_UP):
                 await asyncio.to_thread(self._course.leases.leave, self.intent.disks)
+                self._course.note_leases()
         except Interrupted:
             raise
         except PromoterError as error:
@@ -91,10 +93,12 @@ class MoveOperation:
                 await self._course.worker.dismiss()
         if last.do is not Do.DONE:
             raise self._conclude(last)
+        reports = [self._course.report(disk) for disk in self.intent.disks]
+        self._course.history.step_ended(reports)
         if different := verify.difference_of(self.intent):
+            self._note_switched()
             self._course.journal.conclude(self.id, OperationStatus.FAILED, different.message)
             raise different
-        reports = [self._course.report(disk) for disk in self.intent.disks]
         names = ", ".join(report.disk for report in reports)
         done = f"{self.intent.kind.done} {names or 'nothing'}"
         self._course.journal.conclude(self.id, OperationStatus.DONE, done)
@@ -102,18 +106,21 @@ class MoveOperation:
 
     def cancel(self) -> None:
         """Ask for the old state; takes effect unless the switchover has begun."""
+        self._course.history.note(NoteKind.ASKED, request="cancel")
         self._course.fail(Failure.CANCELLED, "cancelled")
         self._course.going.set()
         self._interrupt()
 
     def stop(self) -> None:
         """Leave everything as it is, jobs running, for ``promoter job resume``."""
+        self._course.history.note(NoteKind.ASKED, request="stop")
         self._stopped = True
         self._course.going.set()
         self._interrupt()
 
     async def change_speed(self, speed: int) -> None:
         """Limit each disk's seed or mirror to ``speed`` bytes per second, 0 for no limit."""
+        self._course.history.note(NoteKind.ASKED, request="speed", speed=speed)
         self._course.save(replace(self.intent, choices=replace(self.intent.choices, speed=speed)))
         for pace in self._course.paces.values():
             pace.change(speed)
@@ -123,6 +130,7 @@ class MoveOperation:
 
     async def pause(self) -> None:
         """Stop copying until `go_on`. A switchover that has begun is not held up."""
+        self._course.history.note(NoteKind.ASKED, request="pause")
         self._course.going.clear()
         for pace in self._course.paces.values():
             pace.pause()
@@ -136,6 +144,7 @@ class MoveOperation:
             raise Refused(
                 f"operation {self.id} runs and is not paused", f"See: promoter job watch {self.id}"
             )
+        self._course.history.note(NoteKind.ASKED, request="go on")
         for pace in self._course.paces.values():
             pace.go_on()
         await self._resume_jobs()
@@ -197,6 +206,7 @@ class MoveOperation:
             hint = f"Continue: promoter job resume {self.id}"
             return Interrupted(f"{self.intent.kind} {self.id}: {what}", hint)
         if any(disk.switched for disk in self._course.seen.disks):
+            self._note_switched()
             names = [d.name for d, s in self._course.pairs() if not s.switched]
             error: PromoterError = Interrupted(
                 f"{', '.join(names)} stayed on the old chain, the other disks are done:"
@@ -212,6 +222,10 @@ class MoveOperation:
             status = OperationStatus.CANCELLED if cancelled else OperationStatus.FAILED
             self._course.journal.conclude(self.id, status, error.message)
         return error
+
+    def _note_switched(self) -> None:
+        switched = [disk.name for disk, seen in self._course.pairs() if seen.switched]
+        self._course.history.note(NoteKind.SWITCHED, disks=switched)
 
     async def act(self, action: Action) -> None:
         """Do one action. `cancel` and `stop` end a seed or a wait at once, nothing else."""
@@ -231,6 +245,8 @@ class MoveOperation:
             raise kind(f"{action}: {error}") from error
         finally:
             self._acting = None
+            self._course.note_leases()
+            self._course.history.step_ended(self._course.reports.values())
 
     def failed(self, action: Action, error: PromoterError) -> None:
         if isinstance(error, ConnectionLost):
