@@ -23,6 +23,7 @@ from promoter.blockjob import Progress
 from promoter.cli.tree import chain_fields, human_bytes, tree
 from promoter.errors import PromoterError, as_fields, from_fields
 from promoter.guests.base import GuestView
+from promoter.operations import room
 from promoter.operations.backup import KIND, Copied
 from promoter.operations.journal import Entry, OperationStatus, Step
 from promoter.operations.move import DiskIntent, Kind, Way
@@ -215,7 +216,7 @@ class PlainOutput:
         if last is not None and progress.elapsed - last < LINE_EVERY and not done:
             return
         self._said[disk, phase] = progress.elapsed
-        self.console.print(f"{escape(disk)}: {phase} {describe(progress)}")
+        self.console.print(f"{escape(disk)}: {phase} {describe(progress, phase)}")
 
     def result(self, result: dict[str, Any], reports: Sequence[DiskReport]) -> None:
         for report in reports:
@@ -301,7 +302,7 @@ class LiveOutput(PlainOutput):
             description=f"{escape(disk)} {phase}",
             completed=progress.done,
             total=max(progress.total, 1),
-            text=describe(progress),
+            text=describe(progress, phase),
         )
 
     def result(self, result: dict[str, Any], reports: Sequence[DiskReport]) -> None:
@@ -341,8 +342,10 @@ def _verified(report: DiskReport) -> str:
     return f"no: {escape(report.unverified)}" if report.unverified else "no"
 
 
-def describe(progress: Progress) -> str:
+def describe(progress: Progress, phase: str) -> str:
     """Bytes, rate and time to go; and how the guest's writes stand against that."""
+    if phase == room.PHASE:
+        return f"({human_bytes(progress.done)} free, goes on with {human_bytes(progress.total)})"
     text = (
         f"{human_bytes(progress.done)} of {human_bytes(progress.total)},"
         f" {human_bytes(progress.rate)}/s, {human_seconds(progress.eta)} to go"
