@@ -1,18 +1,27 @@
-"""What the documents lead to is there."""
+"""What the documents name is there: commands, options, and the places that links lead to."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
+from promoter.cli.main import app
+from tests.runbooks import RUNBOOKS
+from tests.test_runbooks import CASES
 from tests.vm import ROOT
 
-LINK = re.compile(r"\]\(([^)\s]+)\)")
-CODE = re.compile(r"^```.*?^```$|^    .*?$|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 DOCUMENTS = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+TYPED = re.compile(r"^```.*?^```$|^    .*?$|`[^`\n]*`", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"^(?: {4}|[\w-]*\$ )\s*(.*promoter .*)$|`(promoter [^`]+)`", re.MULTILINE)
+COMMAND = re.compile(r"(?:^|[\s$])promoter ([a-z].*)")
+OPTION = re.compile(r"--[a-z][a-z0-9-]+")
 
 
 def anchor(heading: str) -> str:
@@ -25,7 +34,7 @@ def anchors(document: Path) -> set[str]:
 
 
 def links(document: Path) -> Iterator[str]:
-    return (link for link in LINK.findall(CODE.sub("", document.read_text())) if ":" not in link)
+    return (link for link in LINK.findall(TYPED.sub("", document.read_text())) if ":" not in link)
 
 
 def leads_nowhere(document: Path, link: str) -> bool:
@@ -34,6 +43,48 @@ def leads_nowhere(document: Path, link: str) -> bool:
     return not there.exists() or bool(heading and heading not in anchors(there))
 
 
+def unknown(words: str) -> str | None:
+    """What of a command line promoter does not know."""
+    command: Any = typer.main.get_command(app)
+    try:
+        given = shlex.split(words, comments=True)
+    except ValueError:  # it is one line of several
+        given = words.split()
+    for word in given:
+        if word in ("--", "|", "&&", ">", "…"):
+            break
+        if re.fullmatch(r"[a-z-]+", word) and hasattr(command, "commands"):
+            if word not in command.commands:
+                return word
+            command = command.commands[word]
+        if option := OPTION.match(word):
+            known = {name for each in command.params for name in (*each.opts, *each.secondary_opts)}
+            if option[0] not in known | {"--help", "--version"}:
+                return option[0]
+    return None
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_link_in_the_documents_leads_somewhere(document: Path) -> None:
     assert not [link for link in links(document) if leads_nowhere(document, link)]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_and_option_that_is_named_exists(document: Path) -> None:
+    for found in CODE.finditer(document.read_text()):
+        for command in COMMAND.findall(found[1] or found[2]):
+            assert unknown(command) is None, (unknown(command), command)
+
+
+def test_what_is_not_there_is_noticed() -> None:
+    assert unknown("promote web01 --no-such-option") == "--no-such-option"
+    assert unknown("demote web01") == "demote"
+    assert unknown("job show --scan DIR") == "--scan"
+    assert unknown("run --disk /vm/web.qcow2 -- qemu --none-of-ours") is None
+
+
+def test_every_runbook_is_played_and_in_the_index() -> None:
+    runbooks = {path.stem for path in RUNBOOKS.glob("*.md")} - {"README"}
+    assert runbooks == set(CASES)
+    index = LINK.findall((RUNBOOKS / "README.md").read_text())
+    assert {f"{name}.md" for name in runbooks} <= set(index)

@@ -22,6 +22,7 @@ from promoter.cli.tree import tree
 from promoter.cli.units import human_bytes, human_seconds
 from promoter.errors import PromoterError
 from promoter.guests.base import GuestView
+from promoter.operations import room
 from promoter.operations.backup import Copied
 from promoter.operations.journal import Entry, OperationStatus, Step
 from promoter.operations.move import DiskIntent, Kind, Way
@@ -116,7 +117,7 @@ class PlainOutput:
         if last is not None and progress.elapsed - last < LINE_EVERY and not done:
             return
         self._said[disk, phase] = progress.elapsed
-        self.console.print(f"{escape(disk)}: {phase} {describe(progress)}")
+        self.console.print(f"{escape(disk)}: {phase} {describe(progress, phase)}")
 
     def result(self, result: dict[str, Any], reports: Sequence[DiskReport]) -> None:
         for report in reports:
@@ -205,7 +206,7 @@ class LiveOutput(PlainOutput):
             description=f"{escape(disk)} {phase}",
             completed=progress.done,
             total=max(progress.total, 1),
-            text=describe(progress),
+            text=describe(progress, phase),
         )
 
     def result(self, result: dict[str, Any], reports: Sequence[DiskReport]) -> None:
@@ -272,8 +273,10 @@ def _verified(report: DiskReport) -> str:
     return f"no: {escape(report.unverified)}" if report.unverified else "no"
 
 
-def describe(progress: Progress) -> str:
+def describe(progress: Progress, phase: str) -> str:
     """Bytes, rate and time to go; and how the guest's writes stand against that."""
+    if phase == room.PHASE:
+        return f"({human_bytes(progress.done)} free, goes on with {human_bytes(progress.total)})"
     text = (
         f"{human_bytes(progress.done)} of {human_bytes(progress.total)},"
         f" {human_bytes(progress.rate)}/s, {human_seconds(progress.eta)} to go"

@@ -259,10 +259,11 @@ def held(
     found = rules.verdict(evidence)
     changing = found is rules.Verdict.TAKE and record.alternate
     why = rules.CHANGING if changing else rules.EXPLAINED[found]
-    return LeaseHeld(
-        f"{store.disk} is {who}",
-        f"Of its owner: {why}. See: promoter lease show {store.disk}",
-    )
+    hint = f"Of its owner: {why}. See: promoter lease show {store.disk}"
+    if evidence.lock is Lock.FREE and record.owner and answer is None:
+        words = f"{store.disk} --epoch {record.epoch} --reason WHY"
+        hint += f". If that host is off for good: promoter lease break {words}"
+    return LeaseHeld(f"{store.disk} is {who}", hint)
 
 
 def describe(owner: Owner | None) -> str:

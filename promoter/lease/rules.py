@@ -303,9 +303,12 @@ def _work_on(record: LeaseRecord) -> dict[str, Any]:
     return {"operation": record.operation, "alternate": record.alternate}
 
 
+LOOK_AGAIN = "See what it says now: promoter lease show DISK"
+
+
 def _expect(holds: bool, otherwise: str) -> None:
     if not holds:
-        raise Illegal(f"the lease stays as it is: {otherwise}")
+        raise Illegal(f"the lease stays as it is: {otherwise}", LOOK_AGAIN)
 
 
 def _expect_closed(closed: Closed) -> None:
@@ -363,7 +366,7 @@ EXPLAINED: Mapping[Verdict, str] = {
     Verdict.WAIT: "its owner has not been silent for long enough",
     Verdict.FENCE: "its owner is silent but may still have it open: wait, or fence that host",
     Verdict.NEVER: "its owner is alive and has it open",
-    Verdict.OPERATOR: "its owner is alive and does not have it open: ask its operator",
+    Verdict.OPERATOR: "no QEMU has it open, but its host was not seen silent for long: ask there",
 }
 CHANGING = "an operation of its owner's may still put another file there: fence that host"
 TAKEOVER: Mapping[tuple[Beat, Lock, Storage], Verdict] = {

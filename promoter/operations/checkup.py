@@ -104,10 +104,19 @@ def _denied(pid: int, name: str, disks: Iterable[Disk]) -> list[Finding]:
         return [Finding(name, "AppArmor confines guests here, and its log cannot be read")]
     since = time.time() - (boot_clock() - started / os.sysconf("SC_CLK_TCK"))
     files = {file for disk in disks for image in disk.chain for file in image.files}
-    return [
-        Finding(name, str(denial), "Allow it in the guest's profile (/etc/apparmor.d)", Wrong.UNFIT)
-        for denial in denials.denials(text, files, since)
-    ]
+    return denied(name, denials.denials(text, files, since))
+
+
+def denied(name: str, found: Iterable[denials.Denial]) -> list[Finding]:
+    """What AppArmor denied, and how it is allowed."""
+    return [Finding(name, str(each), _allow(each), Wrong.UNFIT) for each in found]
+
+
+def _allow(denial: denials.Denial) -> str:
+    """libvirt makes a profile of a domain's own once, and keeps what is added to it."""
+    own = denial.profile.startswith("libvirt-")
+    profile = f"/etc/apparmor.d/libvirt/{denial.profile}" if own else "/etc/apparmor.d"
+    return f'Add "{denial.file}" rwk, to its profile; then: apparmor_parser -r {profile}'
 
 
 def _foreign_jobs(disk: Disk) -> list[Finding]:
