@@ -97,7 +97,9 @@ def test_a_report_tells_what_was_seen(make: Make, tmp_path: Path) -> None:
         assert disk["copied_bytes"] == result["mirrored_bytes"]
         assert result["mirrored_bytes"] >= mirrors[-1]["samples"][-1]["done"] > 0
 
-        backed = case.run("backup", tmp_path / "backups")
+        (tmp_path / "backups").mkdir()
+        words = ("backup", *guest.address, tmp_path / "backups", "--json")
+        backed = promoter(case.state, *words)
         assert backed.code == 0, backed
         told = case.report(backed.result["id"])
         assert [part["kind"] for part in told["parts"]] == ["snapshot", "consolidate"]

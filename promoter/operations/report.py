@@ -186,7 +186,8 @@ def _facts(disk: DiskIntent, move: Move, entry: Entry, notes: Sequence[Note]) ->
     known: dict[str, Any] = {}
     for note in notes:
         if note.kind is NoteKind.DISK and note.fields["disk"] == disk.name:
-            known |= {key: value for key, value in note.fields.items() if value is not None}
+            new = {key: value for key, value in note.fields.items() if value is not None}
+            known = note.fields | known | new  # one that was resumed has forgotten what it knew
     report = from_builtins(DiskReport, known) if known else None
     before = tuple(map(_layer, disk.chain))
     facts = Facts(disk.name, str(disk.way), before, _after(disk, entry, notes, before))
