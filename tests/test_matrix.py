@@ -43,7 +43,7 @@ from tests.records import Kind
 from tests.vm import SPARE_OFFSET, VM, Disk, base, linked_clone
 
 SEED = 20263219
-SAMPLE = 2
+SAMPLE = 1
 PATIENCE = 300.0  # seconds for what a busy machine does at last
 LEAKS = 3  # qemu-img check: clusters that nobody uses
 SLOW = ("--speed", "20M")  # or there is nothing to wait for
