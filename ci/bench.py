@@ -383,7 +383,7 @@ def show_merges(depth: int, found: dict[str, list[Merged | None]]) -> None:
     print(f"| {depth} deltas | ended | median, s (least, most) | against virsh", end="")
     print(" | no record for, ms: median (most) | suspended, ms | copied, MiB |")
     print("|---|---|---|---|---|---|---|")
-    first = None
+    theirs = [run.took for run in next(iter(found.values())) if run]
     for tool, all_runs in found.items():
         runs = [run for run in all_runs if run]
         ended = f"{len(runs)} of {len(all_runs)}"
@@ -392,8 +392,8 @@ def show_merges(depth: int, found: dict[str, list[Merged | None]]) -> None:
             continue
         took, silence = [run.took for run in runs], [run.silence * 1000 for run in runs]
         median = statistics.median(took)
-        first = first or median
-        figures = f"{median:.2f} ({min(took):.2f}, {max(took):.2f}) | {median / first:.2f}"
+        ratio = f"{median / statistics.median(theirs):.2f}" if theirs else ""
+        figures = f"{median:.2f} ({min(took):.2f}, {max(took):.2f}) | {ratio}"
         figures += f" | {statistics.median(silence):.0f} ({max(silence):.0f})"
         pauses = [run.pause * 1000 for run in runs if run.pause is not None]
         copied = [run.copied / MIB for run in runs if run.copied is not None]
