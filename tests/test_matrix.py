@@ -227,6 +227,7 @@ def booted(case: Case, place: Place, done: str | None) -> Iterator[VM | Domain]:
     if isinstance(case.guest, VM) and done == "done" and not place.active.exists():
         case.active = moved
         if case.guest.running:
+            get_going(case.guest)  # it may have stopped where there was no room
             case.guest.wait_for_acks(20, PATIENCE)
             case.prove_at_rest()
         case.guest.kill()
@@ -259,8 +260,8 @@ def bring_to_an_end(case: Case, place: Place, number: int) -> None:
         check_code(ran, killed=False)
         if all(job["status"] in ENDED for job in jobs(case.state)):
             return
-        if attempt == 1:
-            case.guest.kill()
+        if attempt == 1 and place.cell.fault == "base deleted":
+            case.guest.kill()  # it has the deleted one open, and no other can take its place
         if place.active.exists():
             get_going(case.guest)
         number = 1  # by now it is for job resume

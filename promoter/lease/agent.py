@@ -65,7 +65,8 @@ LONGEST_CONNECTION = 60.0
 LONGEST_WAIT = 30.0
 LOOK_EVERY = 0.01
 KEEP_ALIVE = 5.0
-CLOSED_YET_EVERY = 0.25
+ACCEPT_AGAIN = 0.25
+LONGEST_END = 0.25
 STATUS = {
     Said.RELEASED: 200,
     Said.ACCEPTED: 202,
@@ -107,7 +108,7 @@ class Agent:
             access_log_class=_auditing(self.ledger),
             logger=_logger(),
             keepalive_timeout=KEEP_ALIVE,
-            shutdown_timeout=CLOSED_YET_EVERY,
+            shutdown_timeout=LONGEST_END,
             max_line_size=1024,
             max_field_size=1024,
         )
@@ -158,7 +159,7 @@ class Agent:
                 connection, (address, *_) = await loop.sock_accept(listening)
             except OSError as error:  # no descriptors left, or the client is gone again
                 self._say_trouble("accept", str(error))
-                await asyncio.sleep(CLOSED_YET_EVERY)  # or it would be tried, and fail, at once
+                await asyncio.sleep(ACCEPT_AGAIN)  # or it would be tried, and fail, at once
                 continue
             many = self._addresses[address] >= MOST_FROM_ONE_ADDRESS
             if many or self._addresses.total() >= MOST_CONNECTIONS:
@@ -176,18 +177,20 @@ class Agent:
         loop = asyncio.get_running_loop()
         self._addresses[address] += 1
         try:
-            _, protocol = await loop.connect_accepted_socket(
-                server, connection, ssl=self._context, ssl_handshake_timeout=HANDSHAKE
+            _, served = await loop.connect_accepted_socket(
+                lambda: _Served(server()),
+                connection,
+                ssl=self._context,
+                ssl_handshake_timeout=HANDSHAKE,
             )
             try:
                 async with asyncio.timeout(LONGEST_CONNECTION):
-                    while protocol.transport:  # noqa: ASYNC110 - nobody tells when it is gone
-                        await asyncio.sleep(CLOSED_YET_EVERY)
+                    await served.over.wait()
             except TimeoutError:
                 self.ledger.refused("the connection was too long", address=address)
             finally:
-                if protocol.transport:
-                    protocol.transport.abort()
+                with suppress(OSError):  # it has ended
+                    connection.shutdown(socket.SHUT_RDWR)
         except OSError as error:  # TLS errors are
             self.ledger.refused(f"no TLS connection: {error}", address=address)
         finally:
@@ -375,6 +378,33 @@ async def _refusing(request: web.Request, handler: Handler) -> web.StreamRespons
         status, why = 503, error.message
     request["why"] = why
     return web.Response(status=status, text=why)
+
+
+class _Served(asyncio.Protocol):
+    """aiohttp's side of a connection, whose end can be waited for."""
+
+    def __init__(self, handler: asyncio.Protocol) -> None:
+        self._handler = handler
+        self.over = asyncio.Event()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._handler.connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._handler.data_received(data)
+
+    def eof_received(self) -> bool | None:
+        return self._handler.eof_received()
+
+    def pause_writing(self) -> None:
+        self._handler.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._handler.resume_writing()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._handler.connection_lost(error)
+        self.over.set()
 
 
 def _auditing(ledger: Ledger) -> type[AbstractAccessLogger]:
