@@ -1,7 +1,8 @@
 """The nightly's parts, each of 80 minutes at most, and one page of what they found.
 
 A part is chosen by files of tests, so a test that is marked nightly is in the part of its file,
-and a file that no part names is in `others`: none can be forgotten. A part that fails or takes
+or in one of the two that share it, and a file that no part names is in `others`: none can be
+forgotten. A part that fails or takes
 too long does not keep the next from running; the exit code is 0 only when all passed.
 
 Each part leaves a JUnit file in `.nightly`, and `.nightly/index.html` shows all that lie there,
@@ -27,10 +28,13 @@ LONGEST = 80 * 60.0
 GRACE = 60.0  # for pytest to end its guests and write what it has
 FILES = {
     "kills": ["test_kills.py", "test_consolidate_kills.py"],
+    "matrix-qemu": ["test_matrix.py"],
+    "matrix-libvirt": ["test_matrix.py"],
     "coverage": ["test_coverage.py"],
     "fuzz": ["test_fuzz.py", "test_bad_input.py"],
     "lease": ["test_lease_*.py"],
 }
+ONLY = {"matrix-qemu": "not libvirt", "matrix-libvirt": "libvirt"}  # of their file's tests
 WHOLE = {"coverage"}  # its table is written only when every cell was tried in one run
 COMMANDS = {"test": ["ci/test"], "bench": ["ci/bench"]}
 OTHERS = "others"
@@ -51,7 +55,8 @@ def command(part: str) -> list[str]:
         return COMMANDS[part]
     marked = "nightly or not nightly" if part in WHOLE else "nightly"
     chosen = [str(file.relative_to(ROOT)) for file in files(part)]
-    return ["pytest", "-n", "2", "--dist", "worksteal", "-m", marked, *chosen]
+    only = ["-k", ONLY[part]] if part in ONLY else []
+    return ["pytest", "-n", "2", "--dist", "worksteal", "-m", marked, *only, *chosen]
 
 
 def ended(process: subprocess.Popen[bytes]) -> int | None:

@@ -1,6 +1,8 @@
 """Fixtures of all tests."""
 
+import json
 import os
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -44,34 +46,36 @@ class Coverage:
 
 
 class Reliability:
-    """Writes docs/reliability.md when more of test_matrix.py was run than every change does."""
+    """Writes docs/reliability.md when more of test_matrix.py was run than every change does.
+
+    The nightly runs it in parts, so what earlier runs of the same commit found is kept.
+    """
 
     def __init__(self) -> None:
-        self.outcomes: dict[int, str] = {}
-        self.failed: dict[int, str] = {}
+        self.outcomes: dict[str, str] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if "test_matrix.py::test_cell" not in report.nodeid:
             return
-        properties: dict[str, Any] = dict(report.user_properties)
-        if report.when == "call" and report.passed:
-            number, outcome = properties["fault"]
-            self.outcomes[number] = outcome
-        elif report.failed:
-            from tests.test_matrix import CELLS
-
-            name = report.nodeid.partition("[")[2].removesuffix("]")
-            number = next(n for n, cell in enumerate(CELLS) if str(cell) == name)
-            self.outcomes.pop(number, None)
-            self.failed[number] = "did not hold"
+        cell = report.nodeid.partition("[")[2].removesuffix("]")
+        if report.failed:
+            self.outcomes[cell] = "did not hold"
+        elif report.when == "call":
+            self.outcomes[cell] = str(dict(report.user_properties)["outcome"])
 
     def pytest_sessionfinish(self) -> None:
         if self.outcomes:
             from tests.test_matrix import SAMPLE, table
 
             if len(self.outcomes) > SAMPLE:
-                text = table(self.outcomes, self.failed)
-                (ROOT / "docs" / "reliability.md").write_text(text)
+                head = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+                commit = subprocess.run(head, check=True, capture_output=True, text=True).stdout
+                kept = ROOT / ".nightly" / f"matrix-{commit[:12]}.json"
+                kept.parent.mkdir(exist_ok=True)
+                if kept.exists():
+                    self.outcomes = json.loads(kept.read_text()) | self.outcomes
+                kept.write_text(json.dumps(self.outcomes))
+                (ROOT / "docs" / "reliability.md").write_text(table(self.outcomes))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from functools import wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ def strike_step(operation: Any, when: str, step: str, hit: Callable[[], None]) -
 
 def main() -> None:
     point, whom, pid = sys.argv[1:4]
-    install(point, lambda: strike(whom, int(pid)))
+    install(point, cache(partial(strike, whom, int(pid))))  # once: it may come there again
     sys.argv[1:4] = []
     app()
 

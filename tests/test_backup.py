@@ -104,6 +104,22 @@ def test_rounds_in_a_row_leave_the_chain_as_it_was(case: Case) -> None:
         case.prove_as_before()
 
 
+def test_a_backup_is_kept_though_an_older_one_cannot_be_removed(tmp_path: Path) -> None:
+    case = Case(lambda disks: VM(tmp_path, disks, writer={"rate": 0}), tmp_path)
+    older = case.backups / "clone.vd0.20260101T000000Z.qcow2"
+    with case.guest as guest:
+        guest.wait_for_acks(20)
+        older.mkdir()
+        ran = ended(case.start("--keep", "1"))
+        assert (ran.code, ran.result["error"]) == (9, "Interrupted"), ran
+        assert str(older) in ran.result["message"]
+        assert len(case.copies()) == 2
+        older.rmdir()
+        assert case.resume().code == 0
+        assert len(case.copies()) == 1
+        case.prove_as_before()
+
+
 @pytest.mark.nightly
 def test_twenty_rounds_and_each_backup_boots(case: Case, tmp_path: Path) -> None:
     with case.guest as guest:

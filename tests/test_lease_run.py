@@ -11,9 +11,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -161,6 +162,28 @@ def test_what_is_no_disk_is_refused(hosts: Hosts, tmp_path: Path) -> None:
 
 
 # --- run -------------------------------------------------------------------------------------
+
+
+def fill(pipe: IO[str] | None) -> None:
+    """So that nothing more goes into it until somebody reads."""
+    assert pipe
+    end = os.open(f"/proc/self/fd/{pipe.fileno()}", os.O_WRONLY | os.O_NONBLOCK)
+    with suppress(BlockingIOError):
+        while os.write(end, bytes(4096)):
+            pass
+    os.close(end)
+
+
+def test_a_run_lets_go_though_nobody_reads_what_it_says(
+    hosts: Hosts, disk: Path, tmp_path: Path
+) -> None:
+    a, b = hosts
+    running = a.run(disk, "close", *export(disk, tmp_path / "nbd"))
+    fill(running.process.stderr)
+    wait_until_open(disk, a)
+    assert b.lease("acquire", disk).code == 0
+    assert running.process.wait(60) == 0
+    running.process.communicate()
 
 
 def test_a_run_has_the_exit_code_of_its_command_and_frees_the_disk(

@@ -22,7 +22,10 @@ E   assert 1 == 2</failure></testcase>
 
 def test_every_file_of_tests_is_in_one_part_of_the_nightly() -> None:
     chosen = Counter(file for part in nightly.PARTS for file in nightly.files(part))
-    assert chosen == Counter((ROOT / "tests").glob("test_*.py"))
+    shared = {file for part in nightly.ONLY for file in nightly.files(part)}
+    every = Counter((ROOT / "tests").glob("test_*.py"))
+    assert chosen == every + Counter(shared)
+    assert set(nightly.ONLY.values()) == {"libvirt", "not libvirt"}, "each test is in one of them"
 
 
 @pytest.mark.parametrize("part", [*nightly.FILES, nightly.OTHERS])

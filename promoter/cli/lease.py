@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from queue import Full, Queue
+from threading import Thread
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -39,20 +43,51 @@ State = Annotated[
         show_default="/var/lib/promoter, or ~/.local/state/promoter",
     ),
 ]
+MOST_UNSAID = 1000  # lines
+FAREWELL = 1.0  # seconds
 Timeout = Annotated[float, typer.Option(min=0, metavar="SECONDS", help="For the owner to let go.")]
+
+
+class Unheeded:
+    """Standard error for who must not wait until it is read: what finds no room is not said."""
+
+    def __init__(self) -> None:
+        self._texts = Queue[str](MOST_UNSAID)
+        Thread(target=self._write, name="standard error", daemon=True).start()
+
+    def write(self, text: str) -> None:
+        with suppress(Full):
+            self._texts.put_nowait(text)
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        """Give the last words a moment."""
+        with self._texts.all_tasks_done:
+            self._texts.all_tasks_done.wait_for(lambda: not self._texts.unfinished_tasks, FAREWELL)
+
+    def _write(self) -> None:
+        while True:
+            left = self._texts.get().encode(errors="backslashreplace")
+            with suppress(OSError):  # nobody is there
+                while left:  # not by `sys.stderr`, which would be locked at promoter's end
+                    left = left[os.write(sys.stderr.fileno(), left) :]
+            self._texts.task_done()
 
 
 class Voice:
     """Says what happens, as JSON or as lines."""
 
-    def __init__(self, *, as_json: bool, stderr: bool = False) -> None:
+    def __init__(self, *, as_json: bool, stream: TextIO | Unheeded | None = None) -> None:
         self._as_json = as_json
-        self._stream = sys.stderr if stderr else sys.stdout
+        self._stream = stream or sys.stdout
 
     def event(self, event: str, line: str, **fields: Any) -> None:
         if self._as_json:
             line = json.dumps({"event": event, **fields}, default=str)
-        print(line, file=self._stream, flush=True)
+        self._stream.write(f"{line}\n")
+        self._stream.flush()
 
     def result(self, operation: str, disk: Path, record: LeaseRecord | None, line: str) -> None:
         lease = asdict(record) if record else None
@@ -250,7 +285,8 @@ def run(
     """
     from promoter.lease.run import LeasedRun, RunSpec
 
-    voice = Voice(as_json=as_json, stderr=True)
+    stream = Unheeded()
+    voice = Voice(as_json=as_json, stream=stream)
     codes: list[int] = []
 
     def say(event: str, disk: Path, text: str) -> None:
@@ -262,5 +298,8 @@ def run(
         ledger, credentials = Ledger(state, host.name), Credentials.of(state)
         codes.append(await LeasedRun(spec, host, ledger, credentials, say).run())
 
-    running.finish(work(), choose(as_json=as_json, quiet=False, verbose=False))
+    try:
+        running.finish(work(), choose(as_json=as_json, quiet=False, verbose=False))
+    finally:
+        stream.close()
     raise typer.Exit(codes[0])

@@ -265,13 +265,20 @@ class BackupOperation:
         if last.do is Do.GIVE_UP:
             cancelled = self.intent.exit_code == Cancelled.exit_code
             status = OperationStatus.CANCELLED if cancelled else OperationStatus.FAILED
-            for disk in self.intent.disks:
-                disk.file.unlink(missing_ok=True)
+            self._remove_copies()
             self._journal.conclude(self.id, status, self.intent.failure)
             raise _error(self.intent)
         names = ", ".join(str(disk.file) for disk in self.intent.disks)
         self._journal.conclude(self.id, OperationStatus.DONE, names)
         return [self._report(disk) for disk in self.intent.disks]
+
+    def _remove_copies(self) -> None:
+        try:
+            for disk in self.intent.disks:
+                disk.file.unlink(missing_ok=True)
+        except OSError as error:
+            hint = f"Mend that, then: promoter job resume {self.id}"
+            raise Interrupted(f"what was copied cannot be removed: {error}", hint) from error
 
     def cancel(self) -> None:
         """Ask for no backup; a delta that is there is merged all the same."""
@@ -316,7 +323,11 @@ class BackupOperation:
             await self._child.go_on()
 
     async def look(self) -> Seen:
-        copied = tuple(disk.file.exists() for disk in self.intent.disks)
+        try:
+            copied = tuple(disk.file.exists() for disk in self.intent.disks)
+        except OSError as error:
+            hint = f"Mend that, then: promoter job resume {self.id}"
+            raise Interrupted(f"cannot see the backups: {error}", hint) from error
         return Seen(self._part(self.intent.frozen), self._part(self.intent.merged), copied)
 
     def _part(self, identity: str) -> Part:
@@ -359,6 +370,11 @@ class BackupOperation:
             ) from error
         if isinstance(error, Interrupted):
             raise error
+        if action.do is Do.PRUNE:
+            raise Interrupted(
+                f"the backups are made, but older ones are not removed yet: {error.message}",
+                f"Mend that, then: promoter job resume {self.id}",
+            ) from error
         self._fail(error)
 
     def _on_progress(self, disk: str, phase: str, progress: Progress) -> None:

@@ -9,12 +9,11 @@ and removes the mirror.
 from __future__ import annotations
 
 import asyncio
-import errno
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
-from promoter.errors import Cancelled, Interrupted, JobFailed, NoSpace, PromoterError, Refused
+from promoter.errors import Cancelled, Interrupted, NoSpace, PromoterError, Refused
 from promoter.guests.base import CommandFailed, ConnectionLost, Guest
 from promoter.operations import acts, operation, verify
 from promoter.operations.course import Connect, Course, OnProgress
@@ -240,9 +239,6 @@ class MoveOperation:
         except asyncio.CancelledError:
             if not (self._stopped or self.intent.failure is Failure.CANCELLED):
                 raise
-        except OSError as error:
-            kind = NoSpace if error.errno == errno.ENOSPC else JobFailed
-            raise kind(f"{action}: {error}") from error
         finally:
             self._acting = None
             self._course.note_leases()

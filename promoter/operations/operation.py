@@ -7,9 +7,10 @@ is written on the event loop itself: the next act must wait for it anyway.
 
 from __future__ import annotations
 
+import errno
 from typing import Protocol, TypeVar
 
-from promoter.errors import PromoterError
+from promoter.errors import JobFailed, NoSpace, PromoterError
 from promoter.operations.journal import Journal
 
 MOST_STEPS = 500
@@ -45,9 +46,17 @@ async def run(operation: Operation[S, A], journal: Journal) -> A:
         step = journal.begin(operation.id, str(action))
         try:
             await operation.act(action)
-        except PromoterError as error:
+        except (PromoterError, OSError) as caught:
+            error = caught if isinstance(caught, PromoterError) else _translated(action, caught)
             journal.end(operation.id, step, f"failed: {error.message}")
             operation.failed(action, error)
         else:
             journal.end(operation.id, step, "done")
     raise PromoterError(f"operation {operation.id} does not come to an end")
+
+
+def _translated(action: object, error: OSError) -> PromoterError:
+    kind = NoSpace if error.errno == errno.ENOSPC else JobFailed
+    made = kind(f"{action}: {error}")
+    made.__cause__ = error
+    return made
