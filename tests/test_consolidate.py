@@ -237,6 +237,31 @@ def test_beside_makes_a_new_disk_and_writes_into_none(
     case.prove_tidy(*layers[1:-1], Path(disk["old"]), new, case.state)
 
 
+def test_beside_keeps_what_the_shared_base_has_around_a_small_write(
+    make: Make, tmp_path: Path
+) -> None:
+    """The guest writes parts of clusters that only the base has: the rest must still be its."""
+    raw, root, length = tmp_path / "raw", tmp_path / "root.qcow2", 64 * MIB
+    qemu_img("convert", "-O", "raw", base(), raw)
+    start = records.partition_offset(raw, "/dev/vda2")
+    with raw.open("r+b") as disk:
+        disk.seek(start)
+        disk.write(b"below" * (length // 5))
+    qemu_img("convert", "-O", "qcow2", raw, root)
+    layers = chain(tmp_path, 3, root)
+    case = Case(make, tmp_path, layers[-1:])
+    with case.guest as guest:
+        guest.wait_for_acks(40)
+        (merged,) = case.done("consolidate", "--beside", "--speed", "4M")["disks"]
+        guest.wait_for_acks(20)
+        guest.kill()
+    qemu_img("convert", "-O", "raw", Path(merged["target"]), raw)
+    with raw.open("rb") as disk:
+        disk.seek(start)
+        zeroed = [at for at in range(0, length, 512) if not any(disk.read(512))]
+    assert not zeroed
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("words", [(), ("--beside",)])
 def test_old_files_are_deleted_when_asked_to(

@@ -68,6 +68,7 @@ from tests.cli import promoter
 from tests.test_lease_run import (
     Hosts,
     LeasingHost,
+    Running,
     export,
     owner_of,
     record,
@@ -97,6 +98,13 @@ def credentials(state: Path) -> Credentials:
     found = Credentials.of(state)
     assert found
     return found
+
+
+def exported(disk: Path, host: LeasingHost, directory: Path) -> Running:
+    """The disk, open on that host, which lets it go when it is asked to."""
+    running = host.run(disk, "close", *export(disk, directory / "nbd"))
+    wait_until_open(disk, host)
+    return running
 
 
 def signed(state: Path, disk: Path, **changes: Any) -> Request:
@@ -187,8 +195,7 @@ def test_a_forged_endpoint_does_no_harm(
         "nonsense": "http://[::1]/etc/passwd\nX: y",
     }.get(forged, "{}:{}".format(*address_of(liar.state)))
     (agent_directory(a.state) / "endpoint").write_text(endpoint)
-    running = a.run(disk, "close", *export(disk, tmp_path / "nbd"))
-    wait_until_open(disk, a)
+    running = exported(disk, a, tmp_path)
     owner = record(disk).owner
     assert owner
     assert owner.endpoint == endpoint
@@ -238,8 +245,7 @@ def test_only_who_signs_is_believed_whichever_way_the_request_comes(
     a, b = hosts
     stranger = LeasingHost(tmp_path, "host-c")
     certify(tmp_path / "other-ca", stranger.state)
-    running = a.run(disk, "close", *export(disk, tmp_path / "nbd"))
-    wait_until_open(disk, a)
+    running = exported(disk, a, tmp_path)
     store, disk_name = LeaseFile(disk), record(disk).disk.uuid
     with pytest.raises(Untrusted):
         peer_of(["urn:promoter:host:a", "urn:promoter:host:b"], 1)
@@ -287,8 +293,7 @@ def test_a_host_without_the_role_is_refused(hosts: Hosts, disk: Path, tmp_path: 
     a, b = hosts
     shutil.rmtree(agent_directory(b.state))
     certify(tmp_path / "ca", b.state, roles=[Role.REQUEST_RUNNING])
-    a.run(disk, "close", *export(disk, tmp_path / "nbd"))
-    wait_until_open(disk, a)
+    exported(disk, a, tmp_path)
     with agent(a.state):
         ran = b.lease("request", disk)
         asked = signed(b.state, disk)
@@ -312,8 +317,7 @@ def test_a_host_that_was_shut_out_is_believed_no_more_and_at_once(
 ) -> None:
     """Over the network, on the storage, and as one that is asked; until it has another."""
     a, b = hosts
-    running = a.run(disk, "close", *export(disk, tmp_path / "nbd"))
-    wait_until_open(disk, a)
+    running = exported(disk, a, tmp_path)
     store, path = LeaseFile(disk), f"{PATH}/{record(disk).disk.uuid}?wait=0"
     old = signed(b.state, disk, id="old")
     with agent(a.state):
@@ -346,8 +350,7 @@ def test_an_agent_that_was_shut_out_is_told_nothing(
     hosts: Hosts, disk: Path, tmp_path: Path
 ) -> None:
     a, b = hosts
-    running = a.run(disk, "close", *export(disk, tmp_path / "nbd"))
-    wait_until_open(disk, a)
+    running = exported(disk, a, tmp_path)
     shutil.copy(certificates.revoke(tmp_path / "ca", a.name), agent_directory(b.state))
     with agent(a.state):
         assert b.lease("acquire", disk).code == 0, "by the storage"
@@ -360,8 +363,7 @@ def test_what_became_of_a_request_is_told_to_who_has_sent_it(
     hosts: Hosts, disk: Path, tmp_path: Path
 ) -> None:
     a, b = hosts
-    running = a.run(disk, "close", *export(disk, tmp_path / "nbd"))
-    wait_until_open(disk, a)
+    running = exported(disk, a, tmp_path)
     wait_until_held_for_a_while()
     running.process.send_signal(signal.SIGSTOP)
     asked = signed(b.state, disk)
@@ -564,8 +566,7 @@ def test_a_request_that_was_served_is_not_served_again(
 ) -> None:
     """Sent again, at once, and later, when its epoch is long over."""
     a, b = hosts
-    running = a.run(disk, "close", *export(disk, tmp_path / "nbd"))
-    wait_until_open(disk, a)
+    running = exported(disk, a, tmp_path)
     wait_until_held_for_a_while()
     asked = signed(b.state, disk)
     ticket = LeaseFile(disk).ask(asked)

@@ -32,7 +32,7 @@ async def start(course: Course, disk: DiskIntent) -> None:
     if disk.commits:
         spec = commit_spec(disk, course.intent.choices.speed)
     else:
-        spec = mirror_spec(disk, course.intent.choices)
+        spec = mirror_spec(disk, course.intent)
         if not course.intent.domain:
             spec = replace(spec, target_is_zero=await _is_blank(course, disk, spec))
             await course.plain.attach(target_node(disk))
@@ -81,8 +81,8 @@ async def await_ready(course: Course) -> None:
     if course.intent.domain:
         course.worker = course.worker or await Worker.start()
     running = course.with_job(Job.RUNNING)
-    commits = [disk for disk in running if disk.way is Way.COMMIT]
-    keep_slowing = course.slowing.keep_slowing(course.alive, commits)
+    following = [disk for disk in running if course.intent.follows(disk)]
+    keep_slowing = course.slowing.keep_slowing(course.alive, following)
     slowing = asyncio.create_task(keep_slowing, name="convergence")
     relieving = asyncio.create_task(_keep_relieving(course, running), name="room")
     try:
@@ -125,7 +125,7 @@ async def _keep_relieving(course: Course, running: list[DiskIntent]) -> None:
 
 def _copied(course: Course, disk: DiskIntent, began: float, job: BlockJob) -> None:
     progress = Progress(job.done, job.total, time.monotonic() - began)
-    if disk.way is Way.COMMIT:
+    if course.intent.follows(disk):
         convergence = course.slowing.note(disk, job)
         progress = replace(progress, dirtied=convergence.dirty_rate, limit=convergence.limit)
     course.tell(disk.name, str(disk.way), progress)

@@ -258,6 +258,15 @@ class Move:
         """Where the guest is found again: its domain, or the path of its monitor."""
         return self.domain or self.guest
 
+    def follows(self, disk: DiskIntent) -> bool:
+        """Is what the guest writes copied only afterwards, so that its copy need not end?
+
+        An active commit has no other way. libvirt opens what is to lie below a copy's target at the
+        pivot, and until then QEMU would put zeros around a write that is smaller than a cluster
+        there; what it copies afterwards are whole clusters.
+        """
+        return disk.way is Way.COMMIT or bool(self.domain and disk.kept)
+
     def with_disk(self, index: int, disk: DiskIntent) -> Move:
         return replace(self, disks=(*self.disks[:index], disk, *self.disks[index + 1 :]))
 

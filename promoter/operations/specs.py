@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from promoter.guests.base import CommitSpec, DefinedDisk, MirrorSpec, NodeSpec, SnapshotSpec
-from promoter.operations.move import Choices, DiskIntent, OnFull, Way
+from promoter.operations.move import CopyMode, DiskIntent, Move, OnFull, Way
 from promoter.storage.images import Backing
 from promoter.storage.seed import SeedMethod
 
@@ -27,8 +27,8 @@ def target_node(disk: DiskIntent) -> NodeSpec:
     return NodeSpec(*node, backing=below)
 
 
-def mirror_spec(disk: DiskIntent, choices: Choices) -> MirrorSpec:
-    backing = backing_of(disk)
+def mirror_spec(disk: DiskIntent, move: Move) -> MirrorSpec:
+    backing, choices = backing_of(disk), move.choices
     return MirrorSpec(
         job=disk.job,
         source=disk.root,
@@ -38,7 +38,7 @@ def mirror_spec(disk: DiskIntent, choices: Choices) -> MirrorSpec:
         format=disk.geometry.format,
         sync="full" if disk.method is SeedMethod.NONE and not disk.kept else "top",
         granularity=disk.chain.active.granularity,
-        copy_mode=choices.copy_mode,
+        copy_mode=CopyMode.BACKGROUND if move.follows(disk) else choices.copy_mode,
         speed=choices.speed,
         backing=backing.name if backing else None,
         create=disk.names.remote,

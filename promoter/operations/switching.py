@@ -41,7 +41,8 @@ async def _switch_over(course: Course, ready: list[DiskIntent]) -> None:
             await instant.switch_over(course.plain, ready, course.lock_fd)
             return
         await verify.prepare(course.plain, ready)
-    longest = course.intent.choices.max_pause if ready[0].commits and running else None
+    follows = any(map(course.intent.follows, ready))
+    longest = course.intent.choices.max_pause if follows and running else None
     if longest is not None:
         await course.slowing.approach(course.alive, ready, longest)
     course.save(replace(course.intent, stopped=running))
