@@ -8,7 +8,8 @@ the last record acknowledged for it, whole.  Excused is only what the writer can
 when a lane's run ends, one record may be in flight, and its slot may hold that record, the
 one before, or a torn mix of the two, until another record there is acknowledged.  When the
 lane then goes on after the record in flight, it has read it, and the next flush keeps it.
-Slots that were never written must be empty.  Anything else is a finding.
+Slots that were never written must be as they were: empty, or, in every fourth cluster of a
+base's region, GROUND, which must also be left around the records.  Anything else is a finding.
 """
 
 import json
@@ -24,7 +25,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-SLOT = 16384
+SLOT, SECTOR, SLOTS_OF_A_CLUSTER = 16384, 512, 4
+GROUND = b"promoter"  # as vm-images/build.py lays it
 HEADER = struct.Struct("<8sIIQQII")
 MAGIC, VERSION = b"PROMOREC", 1
 MASK = (1 << 64) - 1
@@ -211,14 +213,30 @@ def record_in(slot: bytes) -> Record | None:
     return Record(lane, seed, seq, place, zlib.crc32(slot[: length - 4]) == checksum)
 
 
-def judge(lane: Lane, slot: int, data: bytes) -> Finding | None:
-    """What is wrong with a slot of the lane's."""
+def ground_of(slot: int, *, laid: bool) -> bytes:
+    """What a slot holds before it is written."""
+    if laid and slot // SLOTS_OF_A_CLUSTER % 4 == 0:
+        return GROUND * (SLOT // len(GROUND))
+    return bytes(SLOT)
+
+
+def judge(lane: Lane, slot: int, data: bytes, ground: bytes) -> Finding | None:
+    """What is wrong with a slot of the lane's, and with what was there before, its ``ground``."""
+    if finding := judge_record(lane, slot, data, ground):
+        return finding
+    sectors = (data[at : at + SECTOR] for at in range(0, SLOT, SECTOR))
+    if any(ground) and not all(map(any, sectors)):
+        return Finding(Kind.LOST, slot, f"slot {slot}: zeros where nobody has written any")
+    return None
+
+
+def judge_record(lane: Lane, slot: int, data: bytes, ground: bytes) -> Finding | None:
     expected, in_flight = lane.expected.get(slot), lane.in_flight.get(slot, set())
     where = f"slot {slot}: expected record {expected} of lane {lane.number}"
     found = record_in(data)
     if found is None:
         unwritten = data[: HEADER.size] if in_flight else data
-        if expected is None and unwritten == bytes(len(unwritten)):
+        if expected is None and unwritten == ground[: len(unwritten)]:
             return None
         return Finding(Kind.LOST if expected else Kind.ALIEN, slot, f"{where}, found no record")
     if (found.seed, found.lane, found.slot) != (lane.seed, lane.number, slot):
@@ -248,10 +266,11 @@ def partition_offset(disk: Path, device: str) -> int:
 
 def judge_disk(disk: Path, history: History) -> Iterator[Finding]:
     with disk.open("rb") as raw:
-        raw.seek(partition_offset(disk, history.device))
+        raw.seek(start := partition_offset(disk, history.device))
         for lane in history.lanes:
             for slot in range(lane.number * lane.slots, (lane.number + 1) * lane.slots):
-                if finding := judge(lane, slot, raw.read(SLOT).ljust(SLOT, b"\0")):
+                data, ground = raw.read(SLOT), ground_of(slot, laid=start > 0)
+                if finding := judge(lane, slot, data.ljust(SLOT, b"\0"), ground):
                     yield finding
 
 

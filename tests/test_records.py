@@ -245,6 +245,25 @@ def test_a_record_read_back_at_the_reboot_is_kept_by_the_next_flush() -> None:
     assert [finding.kind for finding in lane.start(4)] == [Kind.ALIEN]
 
 
+def test_zeros_around_a_record_and_in_its_place_are_found_where_the_base_has_none(
+    tmp_path: Path,
+) -> None:
+    with VM(tmp_path, [Disk(linked_clone(base(), tmp_path / "disk.qcow2"))]) as vm:
+        vm.wait_for_acks(60)
+    written = Written(tmp_path / "disk.raw", vm.log, b"")
+    subprocess.run(
+        ["qemu-img", "convert", "-O", "raw", tmp_path / "disk.qcow2", written.disk], check=True
+    )
+    assert not written.check()
+    start = records.partition_offset(written.disk, "/dev/vda2")
+    for slot in (0, 16):
+        with written.disk.open("r+b") as disk:
+            disk.seek(start + slot * SLOT + SLOT - 512)
+            disk.write(bytes(512))
+    found = {(finding.kind, finding.slot) for finding in written.check()}
+    assert {slot for _, slot in found} == {0, 16}
+
+
 def test_a_log_that_is_none_is_refused(written: Written) -> None:
     written.log.write_text("nothing of the writer's\n")
     with pytest.raises(ValueError, match="expected one writer"):

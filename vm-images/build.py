@@ -55,6 +55,7 @@ exit 0
 """
 
 MIB = 1 << 20
+CLUSTER, GROUND = 1 << 16, b"promoter"
 ROOT_START, ROOT_SIZE, REGION_SIZE, SPARE = 1 * MIB, 111 * MIB, 64 * MIB, 16 * MIB
 HERE = Path(__file__).resolve().parent
 SOURCES = ("build.py", "writer.c", "init", "initramfs", "power-off")
@@ -180,7 +181,16 @@ def make_disk(root: Path, work: Path, target: Path) -> None:
     run("sfdisk", raw, stdin="label: dos\n" + table.format(*sectors, sectors[0] + sectors[1]))
     offset = f"offset={ROOT_START}"
     run("mke2fs", "-q", "-t", "ext4", "-E", offset, "-d", root, raw, f"{ROOT_SIZE // 1024}k")
+    lay_ground(raw, ROOT_START + ROOT_SIZE)
     to_qcow2(raw, target)
+
+
+def lay_ground(raw: Path, start: int) -> None:
+    """What a base has under a guest's writes, and must keep: see tests/records.py."""
+    with raw.open("r+b") as disk:
+        for at in range(start, start + REGION_SIZE, 4 * CLUSTER):
+            disk.seek(at)
+            disk.write(GROUND * (CLUSTER // len(GROUND)))
 
 
 def to_qcow2(raw: Path, target: Path) -> None:
@@ -232,6 +242,7 @@ def add_region(raw: Path) -> None:
     start = -(-size // MIB) * MIB
     line = f"start={start // 512}, size={REGION_SIZE // 512}\n"
     run("sfdisk", "--append", "-N", "2", raw, stdin=line)
+    lay_ground(raw, start)
 
 
 def put_writer(raw: Path, work: Path) -> None:
