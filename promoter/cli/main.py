@@ -476,6 +476,23 @@ def cancel_job(identity: Identity, state: State, as_json: Json = False) -> None:
     run.finish(run.ask(identity, "cancel", state, output), output)
 
 
+@job_app.command("undo")
+def undo_job(
+    identity: Identity,
+    state: State,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Go back to the old chain; once it has switched, with a guest that is shut down.
+
+    What was written since the switchover goes back with it, and the new disk is kept.
+    """
+    output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
+    run.finish(run.undo(identity, state, output, dry_run=dry_run), output)
+
+
 @job_app.command("resume")
 def resume_job(
     state: State,

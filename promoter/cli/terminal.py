@@ -25,6 +25,7 @@ from promoter.guests.base import GuestView
 from promoter.operations import room
 from promoter.operations.backup import Copied
 from promoter.operations.journal import Entry, OperationStatus, Step
+from promoter.operations.leftovers import undone_file
 from promoter.operations.move import DiskIntent, Kind, Way
 from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import Plan
@@ -37,6 +38,7 @@ NOTHING = {
     Kind.PROMOTE: "it has no backing file",
     Kind.CONSOLIDATE: "no layer below is known to be this guest's alone (--base LAYER names one)",
     Kind.SNAPSHOT: "it is read-only",
+    Kind.UNDO: "it is on its old chain",
 }
 BECAME = {
     Way.MIRROR: "has a new disk now",
@@ -44,6 +46,7 @@ BECAME = {
     Way.COMMIT_BELOW: "has fewer layers now",
     Way.SNAPSHOT: "goes on in an overlay",
 }
+DONE = {Kind.PROMOTE: "is a full clone now", Kind.UNDO: "is on its old chain again"}
 ASKED = {
     "pause": "paused; the guest runs on. Go on: promoter job resume",
     "go on": "goes on",
@@ -96,11 +99,13 @@ class PlainOutput:
     def plan(self, plan: Plan, *, dry_run: bool) -> None:
         for name in plan.nothing_to_do:
             self.console.print(f"{escape(name)}: nothing to do, {NOTHING[plan.move.kind]}")
+        undo = plan.move.kind is Kind.UNDO
         for disk, free in zip(plan.move.disks, plan.free, strict=True):
             room = "" if free is None else f", {human_bytes(free)} free"
+            text = _way_back(disk) if undo else _intention(disk)
+            needs = "" if undo else f", needs {human_bytes(disk.required)}"
             self.console.print(
-                f"{escape(disk.name)}: {escape(_intention(disk))},"
-                f" needs {human_bytes(disk.required)}{room}{_verification(plan, disk)}"
+                f"{escape(disk.name)}: {escape(text)}{needs}{room}{_verification(plan, disk)}"
             )
         for warning in plan.warnings:
             self.console.print(f"note: {escape(warning)}")
@@ -122,7 +127,7 @@ class PlainOutput:
     def result(self, result: dict[str, Any], reports: Sequence[DiskReport]) -> None:
         for report in reports:
             self._summary(Kind(result["operation"]), report)
-        if reports and not result["guest_alive"]:
+        if reports and not result["guest_alive"] and result["operation"] != Kind.UNDO:
             self.console.print("note: the guest is gone; its next boot has the new disk")
 
     def backups(self, result: dict[str, Any], copied: Sequence[Copied]) -> None:
@@ -148,7 +153,7 @@ class PlainOutput:
     def _summary(self, operation: Kind, report: DiskReport) -> None:
         copied = (report.seeded_bytes or 0) + (report.mirrored_bytes or 0)
         rate = copied / report.duration_s if report.duration_s else 0
-        became = "is a full clone now" if operation is Kind.PROMOTE else BECAME[report.way]
+        became = DONE.get(operation) or BECAME[report.way]
         rows = [("", f"[bold]{escape(report.disk)} {became}: {escape(str(report.target))}")]
         if report.way is not Way.SNAPSHOT:
             seeded = human_bytes(report.seeded_bytes)
@@ -171,7 +176,8 @@ class PlainOutput:
         if report.way is Way.SNAPSHOT:
             rows.append(("frozen", escape(str(report.source))))
         for index, file in enumerate(report.kept):
-            rows.append(("" if index else "old overlay", escape(str(file))))
+            old = "new disk" if operation is Kind.UNDO else "old overlay"
+            rows.append(("" if index else old, escape(str(file))))
         if report.spare:
             rows.append(("second name", f"{escape(str(report.spare))}, until this QEMU ends"))
         self._table(rows)
@@ -302,6 +308,13 @@ def _intention(disk: DiskIntent) -> str:
         case Way.SNAPSHOT:
             frozen = f", frozen as {disk.names.aside}" if disk.names.in_place else ""
             return f"{old} -> {new}{frozen}"
+
+
+def _way_back(disk: DiskIntent) -> str:
+    return (
+        f"{undone_file(disk)} -> {disk.names.path}: compares up to {human_bytes(cost(disk))},"
+        " copies back what was written since the switchover"
+    )
 
 
 def choose(*, quiet: bool, verbose: bool) -> PlainOutput:

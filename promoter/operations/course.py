@@ -18,8 +18,8 @@ from promoter.guests.base import ConnectionLost, Domain, Guest, GuestView, NoGue
 from promoter.operations.history import History
 from promoter.operations.journal import Journal, NoteKind
 from promoter.operations.leases import Leases
-from promoter.operations.leftovers import kept_files
-from promoter.operations.move import DiskIntent, DiskSeen, Failure, Job, Move, Seen, Way
+from promoter.operations.leftovers import kept_files, undone_file
+from promoter.operations.move import DiskIntent, DiskSeen, Failure, Job, Kind, Move, Seen, Way
 from promoter.operations.outcome import DiskReport
 from promoter.operations.slowing import Slowing
 from promoter.operations.suspended import LONGEST_ABSENCE, Done, Work, Worker
@@ -68,13 +68,17 @@ class Course:
 
     def report(self, disk: DiskIntent) -> DiskReport:
         names = disk.names
-        snapshot = disk.way is Way.SNAPSHOT
-        source = names.aside if snapshot else names.path
-        method = disk.method if disk.way is Way.MIRROR else None
+        undo = self.intent.kind is Kind.UNDO
+        source = names.aside if disk.way is Way.SNAPSHOT else names.path
+        method = disk.method if disk.way is Way.MIRROR and not undo else None
         report = self.reports.setdefault(
             disk.mark,
             DiskReport(disk.name, source, names.target, disk.way, method, node=disk.node),
         )
+        if undo:
+            report.target, report.old = names.path, undone_file(disk)
+            report.source, report.kept = report.old, (report.old,)
+            return report
         report.target = names.path if names.in_place else names.target
         if disk.verdict:
             report.verified = disk.verdict.same is not None

@@ -26,13 +26,13 @@ from functools import partial
 from pathlib import Path
 
 from promoter.blockjob import Progress
-from promoter.chain import Disk
+from promoter.chain import Disk, FileId
 from promoter.errors import LeaseHeld, PromoterError, Refused
 from promoter.lease import rules
 from promoter.lease.claim import describe
 from promoter.lease.file import LeaseFile
 from promoter.lease.host import Host, new_stamp, runs_under, this_host
-from promoter.lease.readers import lease_of
+from promoter.lease.readers import enter, lease_of
 from promoter.lease.record import DiskIdentity, LeaseRecord, Operation, Owner, State, Work
 from promoter.operations.move import DiskIntent, Move, Old, Way
 from promoter.storage.names import boot_name
@@ -193,11 +193,11 @@ class Leases:
                 self._put(store, partial(_begun, host, self._operation))
                 self._joined.add(store.disk)
 
-    def announce(self, disk: DiskIntent) -> None:
-        """The disk's new file may take its place from now on."""
-        if not disk.names.in_place or disk.new is None or not (store := _of(disk)):
+    def announce(self, disk: DiskIntent, new: FileId | None) -> None:
+        """This file may take the disk's place from now on."""
+        if not disk.names.in_place or new is None or not (store := _of(disk)):
             return
-        new, host = disk.new, this_host(self._state)
+        host = this_host(self._state)
 
         def write(record: LeaseRecord) -> LeaseRecord | None:
             if new.inode in _inodes(record):
@@ -244,6 +244,10 @@ class Leases:
         for file, gone in _gone_readers(disk).items():
             if gone and (store := lease_of(file)):
                 self._take_off(store, gone)
+
+    def put_on_readers(self, disk: DiskIntent) -> None:
+        """Enter a disk that went back in the leases of the layers through which it reads again."""
+        enter(disk.names.path, this_host(self._state))
 
     def _take_off(self, store: LeaseFile, gone: Collection[Path]) -> None:
         host = this_host(self._state)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from promoter.blockjob import BlockJob
 from promoter.errors import Cancelled, JobFailed, NoSpace, PromoterError, Refused, Unreachable
-from promoter.operations.move import DiskIntent, Failure, Move, Way
+from promoter.operations.move import DiskIntent, Failure, Kind, Move, Way
 from promoter.storage.files import free_bytes
 from promoter.storage.seed import SeedMethod
 
@@ -67,7 +67,8 @@ def _is_full(disk: DiskIntent) -> bool:
 
 def error_of(intent: Move) -> PromoterError:
     """The error of what was put back: the guest is on its untouched old chain."""
-    unchanged = "The guest is unchanged on its old chain."
+    chain = "new disk" if intent.kind is Kind.UNDO else "old chain"
+    unchanged = f"The guest is unchanged on its {chain}."
     if left := [str(disk.names.target) for disk in intent.disks if disk.left]:
         unchanged += f" Half-made on its host, if it is there: {', '.join(left)}."
     match intent.failure:
