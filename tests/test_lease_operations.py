@@ -166,6 +166,32 @@ def test_a_leased_disk_is_snapshotted_consolidated_and_promoted_and_its_lease_fo
     leased.passes_to_the_other_host()
 
 
+def test_a_leased_promotion_is_undone_under_the_lease(leased: Leased) -> None:
+    register_lease(leased.base)
+    leased.boot()
+    done = leased.perform("promote")
+    assert done.code == 0, done
+    leased.write(20)
+    assert record(leased.base).readers == ()
+    os.kill(leased.qemu(), signal.SIGTERM)
+    assert leased.running.end(60).code == 0
+    undo = ("job", "undo", done.result["id"], "--json")
+    alone = ended(start(leased.a.state, *undo))
+    assert (alone.code, alone.result["error"]) == (4, "Refused"), alone
+    assert "promoter run" in alone.result["hint"]
+    elsewhere = leased.b.run(leased.disk, "never", "promoter", *undo).end()
+    assert elsewhere.code == 4, "its journal does not know the operation"
+    undone = leased.a.run(leased.disk, "never", "promoter", *undo).end()
+    assert undone.code == 0, undone
+    now = record(leased.disk)
+    assert (now.state, now.operation, now.alternate) == (State.FREE, None, None)
+    assert leased.names_its_file()
+    assert record(leased.base).readers == (str(leased.disk),)
+    assert "backing file" in qemu_img("info", leased.disk)
+    leased.boot()
+    leased.passes_to_the_other_host()
+
+
 def test_who_asks_for_a_disk_that_is_worked_on_hears_that_it_is_busy(leased: Leased) -> None:
     leased.boot()
     working = leased.start("promote", "--speed", "5M")
