@@ -74,8 +74,9 @@ BUSES = {Bus.VIRTIO: ("virtio", "vd"), Bus.SCSI: ("scsi", "sd"), Bus.SATA: ("sat
 class Libvirtd:
     """A libvirtd of its own, from entering the `with` block on; `uri` is for promoter."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, listen: str = "") -> None:
+        """`listen` are the lines of its configuration by which it can be reached over TCP."""
+        self.directory, self._listen = directory, listen
         # Not in the directory: a socket's path has at most 107 bytes.
         self._sockets = Path(tempfile.mkdtemp(prefix="libvirt-", dir="/tmp"))
         self.socket = self._sockets / "libvirt-sock"
@@ -84,7 +85,8 @@ class Libvirtd:
 
     def __enter__(self) -> Self:
         (self.directory / "qemu.conf").write_text(QEMU)
-        (self.directory / "libvirtd.conf").write_text(DAEMON.format(sockets=self._sockets))
+        config = DAEMON.format(sockets=self._sockets) + self._listen
+        (self.directory / "libvirtd.conf").write_text(config)
         self._holder = self.run("unshare", "--mount", "bash", "-c", ENTER)
         wait_for(self._is_ready, "the mount namespace", 10)
         self.start()
@@ -124,7 +126,8 @@ class Libvirtd:
         """Runs the daemon; it answers when this returns."""
         config = ("-f", str(self.directory / "libvirtd.conf"))
         self._daemon = self.run(
-            *NICE, *self.enter, "libvirtd", *config, "-p", str(self._sockets / "pid")
+            *(*NICE, *self.enter, "libvirtd", *config, "-p", str(self._sockets / "pid")),
+            *["--listen"] * bool(self._listen),
         )
         wait_for(self._answers, "libvirtd", 30)
 

@@ -10,6 +10,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import NameOID
+
+from promoter.lease.certificates import authority
 from tests import records
 from tests.cli import Ran, promoter, start
 from tests.domains import Domain, Libvirtd
@@ -87,6 +99,54 @@ def ssh_of(pid: int) -> list[int]:
     children = Path(f"/proc/{pid}/task").glob("*/children")
     found = [int(child) for file in children for child in file.read_text().split()]
     return [child for child in found if Path(f"/proc/{child}/comm").read_text() == "ssh\n"]
+
+
+class Pki:
+    """An authority's directory with the certificates of a host and of its clients, by the names
+    that libvirt's ``pkipath`` wants.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        authority(directory)
+        (directory / "ca.pem").rename(directory / "cacert.pem")
+        for whose in ("server", "client"):
+            self._issue(whose)
+
+    def _issue(self, whose: str) -> None:
+        signer = load_pem_private_key((self.directory / "ca.key").read_bytes(), None)
+        assert isinstance(signer, ec.EllipticCurvePrivateKey)
+        ca = x509.load_pem_x509_certificate((self.directory / "cacert.pem").read_bytes())
+        key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, whose)])
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(ca.subject)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(ca.not_valid_before_utc)
+            .not_valid_after(ca.not_valid_after_utc)
+            .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+            .sign(signer, SHA256())
+        )
+        private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        (self.directory / f"{whose}key.pem").write_bytes(private)
+        (self.directory / f"{whose}cert.pem").write_bytes(certificate.public_bytes(Encoding.PEM))
+
+    def options(self, port: int) -> str:
+        """How libvirtd listens with the host's certificate."""
+        return f"""
+listen_tls = 1
+tls_port = "{port}"
+listen_addr = "{HOST}"
+key_file = "{self.directory}/serverkey.pem"
+cert_file = "{self.directory}/servercert.pem"
+ca_file = "{self.directory}/cacert.pem"
+"""
+
+    def uri(self, port: int, host: str = "localhost") -> str:
+        return f"qemu+tls://{host}:{port}/system?pkipath={self.directory}"
 
 
 class Elsewhere:

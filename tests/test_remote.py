@@ -15,7 +15,7 @@ from promoter.operations.suspended import LONGEST_ABSENCE
 from promoter.values import from_json
 from tests.cli import Ran, ended, promoter, start
 from tests.domains import Libvirtd
-from tests.elsewhere import Elsewhere, Sshd, ssh_of
+from tests.elsewhere import Elsewhere, Pki, Sshd, free_port, listens, ssh_of
 from tests.vm import qemu_img, wait_for
 
 
@@ -50,6 +50,48 @@ def test_a_domain_of_another_host_is_promoted_there(elsewhere: Elsewhere) -> Non
         assert "cluster_size: 4096" in qemu_img("info", new)
         again = elsewhere.run("promote")
         assert again.code == 3, again  # it does not run now
+
+
+@pytest.fixture(scope="session")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Libvirtd, Pki, int]]:
+    directory = tmp_path_factory.mktemp("tls")
+    pki, port = Pki(directory / "pki"), free_port()
+    with Libvirtd(directory, pki.options(port)) as libvirtd:
+        wait_for(lambda: listens(port), "TLS", 30)
+        yield libvirtd, pki, port
+
+
+@pytest.mark.nightly
+def test_a_domain_is_promoted_over_tls(tls: tuple[Libvirtd, Pki, int], tmp_path: Path) -> None:
+    libvirtd, pki, port = tls
+    elsewhere = Elsewhere(libvirtd, tmp_path, pki.uri(port))
+    with elsewhere.running():
+        promoted = elsewhere.run("promote")
+        assert promoted.code == 0, promoted
+        elsewhere.prove(promoted=True)
+
+
+@pytest.mark.nightly
+def test_certificates_that_are_not_believed_are_told(
+    tls: tuple[Libvirtd, Pki, int], tmp_path: Path
+) -> None:
+    _, pki, port = tls
+    other, half = Pki(tmp_path / "other"), Pki(tmp_path / "half")
+    (half.directory / "cacert.pem").write_bytes((pki.directory / "cacert.pem").read_bytes())
+    for uri, said in [
+        (other.uri(port), "Failed to verify peer's certificate"),
+        (half.uri(port), "The certificate is not trusted"),
+        (pki.uri(port, "127.0.0.1"), "Failed to verify peer's certificate"),
+        (f"{pki.uri(port)}/nowhere", "nowhere"),
+    ]:
+        ran = promoter(tmp_path, "chain", "web01", "-c", uri)
+        assert ran.code == 3, ran
+        *_, message, hint = ran.err.splitlines()  # libvirt's own warnings come first
+        assert message.startswith(f"error: no answer from {uri}: ")
+        assert said in message
+        assert "pkipath=" in hint
+    known = promoter(tmp_path, "chain", "web01", "-c", pki.uri(port))
+    assert "no such domain" in known.err
 
 
 @pytest.mark.nightly
@@ -263,6 +305,7 @@ def test_what_cannot_be_done_there_is_refused(elsewhere: Elsewhere) -> None:
     assert taken.read_text() == "somebody's"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("way", "said"),
     [

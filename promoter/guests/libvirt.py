@@ -567,11 +567,17 @@ def _unreachable(uri: str, error: libvirt.libvirtError) -> Unreachable:
 
 
 def _hint(uri: str, error: libvirt.libvirtError) -> str:
+    remote = not _is_local(uri)
     denied = error.get_error_code() in DENIED or "Permission denied" in str(error)
-    if denied and _is_local(uri):
+    if denied and not remote:
         return "Be a member of the group libvirt, or root."
     if _transport(uri) == "ssh":
         return f"Does libvirtd run there, and does ssh get there unasked? Try: {_ssh(uri)}"
+    if remote and _transport(uri) in ("tls", ""):  # it is TLS where none is named
+        return (
+            "Does libvirtd listen for TLS there? Each certificate must be of an authority that"
+            " the other side knows, the host's for the name in the URI: ?pkipath=DIR"
+        )
     return (
         f"Does libvirtd run there? Or name another: --connect {DEFAULT_URI}, qemu+ssh://HOST/system"
     )
