@@ -22,7 +22,7 @@ from promoter.operations.leftovers import kept_files, undone_file
 from promoter.operations.move import DiskIntent, DiskSeen, Failure, Job, Kind, Move, Seen, Way
 from promoter.operations.outcome import DiskReport
 from promoter.operations.slowing import Slowing
-from promoter.operations.suspended import LONGEST_ABSENCE, Done, Work, Worker
+from promoter.operations.suspended import LONGEST_ABSENCE, LONGEST_STANDSTILL, Done, Work, Worker
 from promoter.storage.files import is_locked, is_open
 from promoter.storage.pace import Pace
 from promoter.values import to_json
@@ -56,6 +56,7 @@ class Course:
         self.paces: dict[str, Pace] = {}
         self.slowing = Slowing(lambda: self.intent.limits, self._remember_limits)
         self.paused_in_vain = 0
+        self.hurried = False
         self.began = time.monotonic()
 
     def save(self, intent: Move) -> None:
@@ -127,8 +128,7 @@ class Course:
 
     async def view(self) -> GuestView | None:
         """One look at the guest, or None when it is certainly gone."""
-        patience = LONGEST_ABSENCE if self.intent.domain else LONGEST_DEATH
-        deadline = time.monotonic() + patience
+        began = time.monotonic()
         lost = 0
         while True:
             try:
@@ -145,7 +145,7 @@ class Course:
                         continue
                 if not self.intent.domain and not await asyncio.to_thread(self._in_use):
                     return None
-                if time.monotonic() > deadline:
+                if time.monotonic() - began > self._patience:
                     raise Interrupted(
                         f"{error.message}, but its disks may be in use",
                         f"{error.hint} Then: promoter job resume {self.id}",
@@ -153,6 +153,13 @@ class Course:
                 await asyncio.sleep(0.2)
             else:
                 return self.looked
+
+    @property
+    def _patience(self) -> float:
+        if not self.intent.domain:
+            return LONGEST_DEATH
+        stands = self.intent.stopped and not self.hurried
+        return LONGEST_STANDSTILL if stands else LONGEST_ABSENCE
 
     def _in_use(self) -> bool:
         names = [

@@ -107,6 +107,7 @@ class MoveOperation:
     def cancel(self) -> None:
         """Ask for the old state; takes effect unless the switchover has begun."""
         self._course.history.note(NoteKind.ASKED, request="cancel")
+        self._course.hurried = True
         self._course.fail(Failure.CANCELLED, "cancelled")
         self._course.going.set()
         self._interrupt()
@@ -114,6 +115,7 @@ class MoveOperation:
     def stop(self) -> None:
         """Leave everything as it is, jobs running, for ``promoter job resume``."""
         self._course.history.note(NoteKind.ASKED, request="stop")
+        self._course.hurried = True
         self._stopped = True
         self._course.going.set()
         self._interrupt()
