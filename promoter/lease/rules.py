@@ -487,6 +487,7 @@ class Role(StrEnum):
 
     REQUEST = "request"
     REQUEST_RUNNING = "request-running"
+    METRICS = "metrics"
 
 
 NEEDED: Mapping[Policy, Role] = {
