@@ -91,7 +91,7 @@ def test_a_domains_lease_follows_its_disk_and_is_freed_where_it_is(
         domain.wait_for_acks(10)
         words = ["promote", *domain.address, "--json"]
         if point:
-            command = (point, "itself,promoter", 0, *words)
+            command = (point, "itself promoter", 0, *words)
             struck = start(a.state, *command, module="tests.struck")
             assert ended(struck, 120).code == -signal.SIGKILL
             (target,) = tmp_path.glob("root.promoted-*.qcow2")
