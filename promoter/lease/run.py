@@ -181,6 +181,7 @@ class LeasedRun:
             self.owner,
             credentials=self.credentials,
             heard=heard,
+            clock=self._clock,
             borrow=self.spec.borrow,
         )
         record = await asyncio.to_thread(self._acquisition.run, self.spec.timeout)
