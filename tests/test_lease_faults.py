@@ -67,6 +67,7 @@ CAME = ("passed on", "not passed on")
 PATIENCE = 60.0
 DROPPED = 0.7  # seconds, after which who was not heard gives up
 SHORT = 0.15
+LOOKS = 0.5  # in which who waits has looked more than once
 MEMORY = Path("/dev/shm")
 ROOT = Path(__file__).parent.parent
 HEAD = """\
@@ -313,7 +314,7 @@ class Scene:
         while not self.until(done, 0.2) and time.monotonic() < deadline:
             if owner.over:  # nobody is left who would be taken for dead, and is not
                 self.wait_clock(STOPPED_AFTER + 1)
-                self.until(done, SHORT)  # but a guest may be, which keeps the disk
+                self.until(done, LOOKS)  # but a guest may be, which keeps the disk
                 self.end_guests()
         if patience == PATIENCE:
             assert done(), "the requester hangs"
