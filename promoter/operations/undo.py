@@ -23,6 +23,7 @@ from pathlib import Path
 from promoter.blockjob import Progress
 from promoter.errors import JobFailed, Refused
 from promoter.guests.base import Domain, Guest, GuestView
+from promoter.lease.readers import lease_of
 from promoter.operations.course import Course
 from promoter.operations.leases import check_leases, is_listed
 from promoter.operations.leftovers import is_named_as_backing, undone_file
@@ -107,6 +108,8 @@ def _check_old_chain(disk: DiskIntent) -> None:
         why = f"a guest has its new disk {_new_file(disk)} open"
     elif is_open(aside):
         why = f"a process has its old overlay {aside} open"
+    elif not disk.names.in_place and lease_of(disk.names.target):
+        why = f"its lease has followed it to {disk.names.target}, and does not come back"
     elif is_named_as_backing(aside) or is_listed(aside, disk):
         why = f"another image reads through its old overlay {aside}"
     if why:
