@@ -21,9 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ci import report
+from ci.report import RESULTS, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / ".nightly"
 LONGEST = 80 * 60.0
 GRACE = 60.0  # for pytest to end its guests and write what it has
 FILES = {
@@ -36,7 +35,7 @@ FILES = {
 }
 ONLY = {"matrix-qemu": "not libvirt", "matrix-libvirt": "libvirt"}  # of their file's tests
 WHOLE = {"coverage"}  # its table is written only when every cell was tried in one run
-COMMANDS = {"test": ["ci/test"], "bench": ["ci/bench"]}
+COMMANDS = {"test": ["ci/test"], "bench": ["ci/bench", "--whole"]}
 OTHERS = "others"
 PARTS = ("test", *FILES, OTHERS, "bench")
 
