@@ -10,7 +10,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-from ci.benchmarks.harness import Measure, Table, file_system_of, turns, writes
+from ci.benchmarks.harness import Measure, Table, as_a_host_runs_it, file_system_of, turns, writes
 from ci.benchmarks.promote import GIB, filled
 from tests import records
 from tests.vm import MIB, VM, Disk, base, file_system, linked_clone
@@ -49,6 +49,7 @@ def phases(place: Path, seed: str, idle: float) -> dict[str, tuple[float, ...]]:
     turn.mkdir()
     disk, target = linked_clone(place / "base.qcow2", turn / "disk.qcow2"), turn / "target.qcow2"
     with VM(turn, [Disk(disk)], writer={"rate": 0}) as vm:
+        as_a_host_runs_it(vm)
         vm.wait_for_acks(100)
         with writes(vm.log) as written:
             began = {"before": time.monotonic()}
