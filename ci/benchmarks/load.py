@@ -18,7 +18,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -33,35 +32,43 @@ LOADS: dict[str, dict[str, object]] = {  # a record dirties 64 KiB; the guest's 
     "the load": {"lanes": 3, "rate": 14},
     "twice the load": {"lanes": 3, "rate": 28},
 }
-LAST = 0.5
+LAST = 1.0  # seconds that a guest may be stopped for
 
 
 @dataclass
 class Move:
-    """Of the guest's disk, from `disk0` on the clone to `target`; until a `deadline`, after which
-    TimeoutError is raised. `file` is what the guest has now.
+    """Of a guest's disk, whose node is `disk0` and file is `source`, to the file `target`. It has
+    until the `deadline`: TimeoutError. The guest writes to `file`.
     """
 
     vm: VM
-    file: Path
+    source: Path
     target: Path
     deadline: float
 
-    def mirror(self, copy_mode: str) -> None:
-        self.vm.qmp(
-            "blockdev-mirror",
-            job_id="job",
-            device="disk0",
-            target="target",
-            sync="full",
-            speed=SPEED,
-            copy_mode=copy_mode,
-        )
-        self.complete()
+    def __post_init__(self) -> None:
+        self.file = self.source
+
+    def run(self, *words: object) -> str:
+        """What a program says that must end in time."""
+        left = self.deadline - time.monotonic()
+        command = list(map(str, words))
+        try:
+            return subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True, timeout=left
+            ).stdout
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(*error.args) from error
+
+    def job(self, command: str, **arguments: object) -> None:
+        self.vm.qmp(command, job_id="job", speed=SPEED, **arguments)
 
     def complete(self) -> None:
         self.until(lambda: self.jobs()[0]["ready"])
         self.vm.qmp("job-complete", id="job")
+        self.end()
+
+    def end(self) -> None:
         self.until(lambda: not self.jobs())
 
     def jobs(self) -> Any:
@@ -70,105 +77,70 @@ class Move:
     def until(self, condition: Callable[[], bool]) -> None:
         wait_for(condition, "the job", self.deadline - time.monotonic())
 
+    def add(self, name: str, image: Path, **options: object) -> None:
+        """A node, and its file's."""
+        file = {"driver": "file", "filename": str(image), "node-name": f"{name}-file"}
+        self.vm.qmp("blockdev-add", driver="qcow2", node_name=name, file=file, **options)
+
+    def add_target(self) -> None:
+        self.add("target", self.target, discard="unmap")  # else a job counts zeros as copied bytes
+
     def snapshot(self, number: int) -> None:
         """The guest writes to `snapshotN` from now on."""
         active, new = f"snapshot{number - 1}" if number else "disk0", f"snapshot{number}"
-        file = {
-            "driver": "file",
-            "filename": str(self.target.with_name(new)),
-            "node-name": f"{new}-file",
-        }
-        self.file = linked_clone(self.file, self.target.with_name(new))
-        self.vm.qmp("blockdev-add", driver="qcow2", node_name=new, file=file, backing=None)
+        overlay = linked_clone(self.file, self.target.with_name(new))
+        self.add(new, overlay, backing=None)
         self.vm.qmp("blockdev-snapshot", node=active, overlay=new)
-
-    def copy_below(self) -> None:
-        """The target is what the first snapshot is a snapshot of."""
-        self.vm.qmp(
-            "blockdev-backup",
-            job_id="job",
-            device="disk0",
-            target="target",
-            sync="full",
-            speed=SPEED,
-        )
-        self.until(lambda: not self.jobs())
-        new = {
-            "driver": "qcow2",
-            "node-name": "snapshot0",
-            "file": "snapshot0-file",
-            "backing": "target",
-        }
-        self.vm.qmp("blockdev-reopen", options=[new])
-
-    def commit(self, active: int, **top: str) -> None:
-        """Everything below the top, or the active snapshot itself, goes into the target."""
-        self.vm.qmp(
-            "block-commit",
-            job_id="job",
-            device=f"snapshot{active}",
-            base_node="target",
-            speed=SPEED,
-            **top,
-        )
+        self.file = overlay
 
 
 def snapshots(move: Move) -> float:
-    """The disk, then each snapshot, is copied while the guest writes to the next; the guest is
-    stopped for the last, once one took no longer than it may be stopped.
+    """The disk, then each snapshot, is copied while the guest writes to the next; once one took
+    no longer than the guest may be stopped, it is stopped for the last.
     """
-    add_target(move)
     move.snapshot(0)
-    move.copy_below()
-    for number in count(1):
-        move.snapshot(number)
+    copy = ("qemu-img", "convert", "-U", "-O", "qcow2", "-r", SPEED)
+    move.run(*copy, move.source, move.target)
+    move.add_target()
+    below = {"file": "snapshot0-file", "backing": "target"}
+    move.vm.qmp("blockdev-reopen", options=[{"driver": "qcow2", "node-name": "snapshot0", **below}])
+    number, took = 0, move.deadline
+    while took > LAST:
         began = time.monotonic()
-        move.commit(number, top_node=f"snapshot{number - 1}")
-        move.until(lambda: not move.jobs())
-        if time.monotonic() - began < LAST:
-            break
+        move.snapshot(number := number + 1)
+        into = {"device": f"snapshot{number}", "base_node": "target"}
+        move.job("block-commit", **into, top_node=f"snapshot{number - 1}")
+        move.end()
+        took = time.monotonic() - began
     move.vm.pause()
-    move.commit(number)
+    move.job("block-commit", **into)
     move.complete()
     move.vm.cont()
     return between(move.vm.events("STOP")[-1], move.vm.events("RESUME")[-1])
 
 
 def mirror(copy_mode: str, move: Move) -> float:
-    add_target(move)
-    move.mirror(copy_mode)
+    size = json.loads(qemu_img("info", "-U", "--output=json", move.source))["virtual-size"]
+    blank(move.target, size)
+    move.add_target()
+    nodes = {"device": "disk0", "target": "target"}
+    move.job("blockdev-mirror", **nodes, sync="full", copy_mode=copy_mode)
+    move.complete()
     states = {e["data"]["status"]: e for e in move.vm.events("JOB_STATUS_CHANGE")}
     return between(states["waiting"], states["concluded"])
 
 
-def add_target(move: Move) -> None:
-    size = json.loads(qemu_img("info", "-U", "--output=json", move.file))["virtual-size"]
-    file = {"driver": "file", "filename": str(blank(move.target, size))}
-    # Without discard a job counts zeros as bytes that it copies.
-    move.vm.qmp("blockdev-add", driver="qcow2", node_name="target", file=file, discard="unmap")
+def seeded(seed: str, move: Move) -> float:
+    words = ["promoter", "promote", move.vm.monitor, "--target", move.target, "--seed", seed]
+    words += ["--speed", SPEED, "--json", "--state-dir", move.target.with_name("state")]
+    (disk,) = json.loads(move.run(*words).splitlines()[-1])["disks"]
+    return float(disk["switchover_s"] + (disk["start_pause_s"] or 0))
 
 
 def between(first: dict[str, Any], last: dict[str, Any]) -> float:
     """Seconds from one of QEMU's events to another."""
     a, b = (e["timestamp"]["seconds"] + e["timestamp"]["microseconds"] / 1e6 for e in (first, last))
     return float(b - a)
-
-
-def seeded(seed: str, move: Move) -> float:
-    words = ["promoter", "promote", move.vm.monitor, "--target", move.target, "--seed", seed]
-    words += ["--speed", SPEED, "--json", "--state-dir", move.target.with_name("state")]
-    try:
-        said = subprocess.run(
-            list(map(str, words)),
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-            timeout=move.deadline - time.monotonic(),
-        ).stdout
-    except subprocess.TimeoutExpired as error:
-        raise TimeoutError(*error.args) from error
-    (disk,) = json.loads(said.splitlines()[-1])["disks"]
-    return float(disk["switchover_s"] + (disk["start_pause_s"] or 0))
 
 
 WAYS: dict[str, Callable[[Move], float]] = {
