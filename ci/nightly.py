@@ -35,9 +35,17 @@ FILES = {
 }
 ONLY = {"matrix-qemu": "not libvirt", "matrix-libvirt": "libvirt"}  # of their file's tests
 WHOLE = {"coverage"}  # its table is written only when every cell was tried in one run
-COMMANDS = {"test": ["ci/test"], "bench": ["ci/bench", "--whole"]}
+TABLES = {
+    "bench-virsh": ["domains", "consolidate", "convergence"],
+    "bench-promote": ["load", "guest", "seeds", "growth", "chains", "pauses"],
+    "bench-others": ["handover", "unplug", "commands"],
+}
+COMMANDS = {
+    "test": ["ci/test"],
+    **{part: ["ci/bench", "--whole", *tables] for part, tables in TABLES.items()},
+}
 OTHERS = "others"
-PARTS = ("test", *FILES, OTHERS, "bench")
+PARTS = ("test", *FILES, OTHERS, *TABLES)
 
 
 def files(part: str) -> list[Path]:

@@ -38,7 +38,7 @@ def guest(directory: Path, whole: bool) -> Table:
             filled(lowest, size, 1, PARTITIONS)
         for seed in turns(list(places), 5 if whole else 2):
             group = f"{file_system_of(places[seed])}, {seed}"
-            for phase, figures in phases(places[seed], seed, 15 if whole else 8).items():
+            for phase, figures in phases(places[seed], seed, 15 if whole else 6).items():
                 table.add(group, phase, *figures)
     return table
 

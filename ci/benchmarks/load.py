@@ -162,7 +162,7 @@ def load(directory: Path, whole: bool) -> Table:
             for way in turns(list(WAYS), 3 if whole else 1):
                 turn = xfs / "turn"
                 turn.mkdir()
-                figures = run(turn, lowest, LOADS[name], WAYS[way], 120 if whole else 45)
+                figures = run(turn, lowest, LOADS[name], WAYS[way], 90 if whole else 40)
                 table.add(name, way, *figures)
                 shutil.rmtree(turn)
     return table

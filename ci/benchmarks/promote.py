@@ -106,7 +106,7 @@ def seeds(directory: Path, whole: bool) -> Table:
 
 def on_xfs(directory: Path, cases: Sequence[Case], whole: bool) -> Table:
     chosen = [case for case in cases if whole or (case.base <= 8 * GIB and case.seed != "convert")]
-    with file_system("xfs", directory, (36 if whole else 16) * GIB) as mounted:
+    with file_system("xfs", directory, 64 * GIB) as mounted:
         return compare(mounted, chosen, 5 if whole else 3)
 
 
@@ -125,7 +125,7 @@ def pauses(directory: Path, whole: bool) -> Table:
     with VM(directory, [Disk(system)], writer={"rate": 0}) as vm:
         vm.wait_for_acks(100)
         node, disk = "disk0", system
-        for number in range(50 if whole else 20):
+        for number in range(50 if whole else 12):
             promoted = promote(directory / "state", vm)
             table.add("", "promoter promote", promoted["switchover_s"] * 1000)
             disk, node = directory / f"snapshot{number}.qcow2", promoted["node"]
