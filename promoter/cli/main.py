@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.models import CommandInfo
 
 from promoter.cli import agent, hook, lease, run
 from promoter.cli.config import configure
@@ -509,3 +511,18 @@ def resume_job(
     """
     output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
     run.finish(run.resume(identity, state, output), output)
+
+
+def main(words: Sequence[str]) -> None:
+    """The command line. Where a command is named first, no other is made: that takes typer time,
+    for each of their parameters.
+    """
+    commands = [known for known in app.registered_commands if _name(known) in words[:1]]
+    groups = [known for known in app.registered_groups if known.name in words[:1]]
+    if commands or groups:
+        app.registered_commands, app.registered_groups = commands, groups
+    app(words)
+
+
+def _name(command: CommandInfo) -> str | None:
+    return command.name or (command.callback and command.callback.__name__)

@@ -1,6 +1,7 @@
 """How operations are shown to people: live bars on a terminal, else plain lines.
 
-``NO_COLOR`` is honoured. Errors name the file, say why and give the next step.
+``NO_COLOR`` is honoured. Errors name the file, say why and give the next step. Of rich, bars and
+tables are loaded only where one is shown.
 """
 
 from __future__ import annotations
@@ -8,16 +9,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, TaskID, TextColumn
-from rich.progress import Progress as Bars
-from rich.table import Table
 
 from promoter.blockjob import Progress
-from promoter.cli.report import lines
 from promoter.cli.tree import tree
 from promoter.cli.units import human_bytes, human_seconds
 from promoter.errors import PromoterError
@@ -32,6 +29,9 @@ from promoter.operations.plan import Plan
 from promoter.operations.report import Report
 from promoter.operations.verify import cost
 from promoter.storage.siblings import Siblings
+
+if TYPE_CHECKING:
+    from promoter.cli.bars import DiskBars
 
 LINE_EVERY = 5.0
 NOTHING = {
@@ -70,23 +70,34 @@ class PlainOutput:
         self.console.print(tree(guest, view, siblings))
 
     def operations(self, entries: Sequence[Entry]) -> None:
-        table = Table("ID", "OPERATION", "GUEST", "STATUS", "STARTED", "RESULT", box=None)
+        rows: list[tuple[str, ...]] = [("ID", "OPERATION", "GUEST", "STATUS", "STARTED", "RESULT")]
         for entry in entries:
             texts = (entry.id, entry.kind, entry.guest, entry.status, entry.started)
-            table.add_row(*map(escape, (*texts, entry.result or "")))
-        self.console.print(table)
+            rows.append((*texts, entry.result or ""))
+        self._listing(rows)
 
     def operation_steps(self, entry: Entry, steps: Sequence[Step]) -> None:
         self.operations([entry])
-        table = Table("STEP", "ACTION", "STARTED", "ENDED", "OUTCOME", box=None)
+        rows: list[tuple[str, ...]] = [("STEP", "ACTION", "STARTED", "ENDED", "OUTCOME")]
         for step in steps:
             texts = (step.action, step.started, step.ended or "", step.outcome or "")
-            table.add_row(str(step.number), *map(escape, texts))
-        self.console.print(table)
+            rows.append((str(step.number), *texts))
+        self._listing(rows)
         if entry.status is OperationStatus.INTERRUPTED:
             self.console.print(f"Continue: promoter job resume {entry.id}")
 
+    def _listing(self, rows: Sequence[Sequence[str]]) -> None:
+        from rich.table import Table
+
+        head, *texts = rows
+        table = Table(*head, box=None)
+        for row in texts:
+            table.add_row(*map(escape, row))
+        self.console.print(table)
+
     def report(self, report: Report) -> None:
+        from promoter.cli.report import lines
+
         self.console.print(lines(report))
 
     def speed(self, operation: str, speed: int) -> None:
@@ -145,6 +156,8 @@ class PlainOutput:
             self._table(rows)
 
     def _table(self, rows: Sequence[tuple[str, str]]) -> None:
+        from rich.table import Table
+
         table = Table(box=None, show_header=False, pad_edge=False)
         for name, text in rows:
             table.add_row(name, text)
@@ -197,34 +210,25 @@ class PlainOutput:
 class LiveOutput(PlainOutput):
     """Bars on a terminal, one per disk."""
 
-    def __init__(self, *, verbose: bool) -> None:
-        super().__init__(quiet=False, verbose=verbose)
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
-        self._bars = Bars(*columns, console=self.console)
-        self._tasks: dict[str, TaskID] = {}
+    _bars: DiskBars | None = None
 
     def progress(self, operation: str, disk: str, phase: str, progress: Progress) -> None:
-        if disk not in self._tasks:
-            self._bars.start()
-            self._tasks[disk] = self._bars.add_task(escape(disk), text="")
-        self._bars.update(
-            self._tasks[disk],
-            description=f"{escape(disk)} {phase}",
-            completed=progress.done,
-            total=max(progress.total, 1),
-            text=describe(progress, phase),
-        )
+        from promoter.cli.bars import DiskBars
+
+        self._bars = self._bars or DiskBars(self.console)
+        self._bars.show(escape(disk), phase, progress, describe(progress, phase))
 
     def result(self, result: dict[str, Any], reports: Sequence[DiskReport]) -> None:
-        self._bars.stop()
+        self.close()
         super().result(result, reports)
 
     def backups(self, result: dict[str, Any], copied: Sequence[Copied]) -> None:
-        self._bars.stop()
+        self.close()
         super().backups(result, copied)
 
     def close(self) -> None:
-        self._bars.stop()
+        if self._bars:
+            self._bars.stop()
 
 
 class _Prioritised:
@@ -320,5 +324,5 @@ def _way_back(disk: DiskIntent) -> str:
 def choose(*, quiet: bool, verbose: bool) -> PlainOutput:
     """Bars on a terminal, else lines."""
     if not quiet and Console().is_terminal:
-        return LiveOutput(verbose=verbose)
+        return LiveOutput(quiet=False, verbose=verbose)
     return PlainOutput(quiet=quiet, verbose=verbose)
