@@ -26,7 +26,7 @@ def test_the_man_pages_are_what_the_commands_say_now() -> None:
 
 
 def test_man_finds_no_fault_with_them_and_shows_every_option() -> None:
-    command = ["man", "--warnings", "--local-file", *WRITTEN]
+    command = ["man", "--warnings", "--local-file", *map(str, WRITTEN)]
     man = subprocess.run(command, env=NARROW, capture_output=True, text=True, check=True)
     assert man.stderr == ""
     named = set[str]().union(*(options(path.read_text()) for path in WRITTEN))
