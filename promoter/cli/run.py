@@ -19,7 +19,7 @@ import typer
 from promoter.blockjob import Progress
 from promoter.cli.config import settings
 from promoter.cli.output import JsonOutput, Output, replay
-from promoter.errors import Cancelled, Interrupted, PromoterError, Refused
+from promoter.errors import Cancelled, Interrupted, PromoterError, Refused, Unreachable
 from promoter.guests import connect as guests
 from promoter.guests.base import Guest, GuestView
 from promoter.operations import backup, control, ending, metrics
@@ -79,7 +79,12 @@ async def connect(name: str, uri: str) -> Guest:
     """The running guest that ``name`` means: a domain of ``uri``, or the path of a socket."""
     if "/" in name:
         return await guests.plain(Path(name).absolute())
-    return await guests.domain(name, uri)
+    try:
+        return await guests.domain(name, uri)
+    except Unreachable as error:
+        if Path(name).is_socket():
+            error.hint = f"That is a domain's name. For the socket of this directory: ./{name}"
+        raise
 
 
 async def connect_again(intent: Move | Backup) -> Guest:
