@@ -5,14 +5,17 @@ checksums, and say over their serial ports which are durable. web is promoted. T
 is taken away, its plug is pulled, and it boots again by the command line it always had. At
 the end every record that either guest was told is durable must be on its disk.
 
-`ci/demo` runs this. The exit code is 0 only when every claim held.
+`ci/demo` runs this. The exit code is 0 only when every claim held. `ci/demo --picture FILE` draws
+what the terminal shows as an SVG, too: docs/demo.svg.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,9 +28,57 @@ from rich.console import Console
 from rich.markup import escape
 
 from tests import records, vm
+from tests.runbooks import without_other_peoples_processes
 from tests.vm import VM, Disk
 
-say = Console(highlight=False, soft_wrap=True).print
+WIDTH = 104
+# rich's own, without a font that a reader would have to fetch.
+PICTURE = """\
+<svg viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
+<style>
+.{unique_id}-matrix {{ font-family: monospace; font-size: {char_height}px; }}
+.{unique_id}-title {{ font-family: sans-serif; font-size: 18px; }}
+{styles}
+</style>
+<defs>{lines}</defs>
+{chrome}
+<g transform="translate({terminal_x}, {terminal_y})">
+{backgrounds}
+<g class="{unique_id}-matrix" xml:space="preserve">
+{matrix}
+</g>
+</g>
+</svg>
+"""
+
+
+class Screen:
+    """The terminal. What is to be a picture has names that are not others at each time."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.names: dict[str, str] = {}
+
+    def record(self) -> None:
+        self.console = Console(highlight=False, record=True, width=WIDTH)
+
+    def draw(self, picture: Path) -> None:
+        svg = self.console.export_svg(title="ci/demo", code_format=PICTURE, unique_id="demo")
+        picture.write_text(re.sub(r"[ \t]+$", "", svg, flags=re.MULTILINE))
+
+    def say(self, text: str) -> None:
+        if self.console.record:
+            for real, shown in self.names.items():
+                text = text.replace(real, shown)
+            text = without_other_peoples_processes(text + "\n").rstrip("\n")
+            text = re.sub(r" +$", "", text, flags=re.MULTILINE)
+            text = re.sub(r"\b[0-9a-f]{8}\b", "6b417bf7", text)
+            text = re.sub(r"\bpid \d+", "pid 4242", text)
+        self.console.print(text)
+
+
+screen = Screen()
+say = screen.say
 
 
 class Unproven(Exception):
@@ -54,18 +105,24 @@ def prove(claim: bool, text: str) -> None:
 
 
 def promoter(*words: object) -> None:
-    """Runs promoter on this terminal, as an operator does."""
+    """Runs promoter on this terminal, as an operator does; for a picture without its bars."""
     command = ["promoter", *map(str, words)]
     say(f"$ {escape(' '.join(command))}")
-    if code := subprocess.run(command, check=False).returncode:
-        raise Unproven(f"{' '.join(command)} ends with 0, not with {code}")
+    out = subprocess.PIPE if screen.console.record else None
+    done = subprocess.run(command, check=False, stdout=out, text=True)
+    if done.stdout:
+        say(escape(done.stdout.rstrip()))
+    if done.returncode:
+        raise Unproven(f"{' '.join(command)} ends with 0, not with {done.returncode}")
 
 
 def guest_on_a_clone(base: Path, name: str, seed: int) -> VM:
     directory = base.parent / name
     directory.mkdir()
     disk = vm.linked_clone(base, directory / f"{name}.qcow2")
-    return VM(directory, [Disk(disk)], writer={"seed": seed})
+    guest = VM(directory, [Disk(disk)], writer={"seed": seed})
+    screen.names |= {str(guest.monitor): f"/run/vm/{name}.qmp", str(base.parent): "/vm"}
+    return guest
 
 
 def disk_of(guest: VM) -> Path:
@@ -176,6 +233,11 @@ def demonstrate(directory: Path) -> list[str]:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(prog="ci/demo")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the terminal as an SVG")
+    picture: Path | None = parser.parse_args().picture
+    if picture:
+        screen.record()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="promoter-demo-") as name:
         os.environ["PROMOTER_STATE_DIR"] = f"{name}/state"
@@ -187,6 +249,8 @@ def main() -> int:
     step("What this showed")
     say("\n".join(shown))
     say(f"Everything was proven, in {time.monotonic() - began:.0f} s.")
+    if picture:
+        screen.draw(picture)
     return 0
 
 

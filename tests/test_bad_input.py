@@ -755,3 +755,15 @@ def test_sigterm_leaves_it_for_resume(tmp_path: Path, seed: str) -> None:
         assert resumed.code == 0, resumed
         assert only_job(state)["status"] == "done"
         prove(vm, clone)
+
+
+def test_a_socket_of_this_directory_that_is_taken_for_a_domain_is_named(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "web.qmp"))
+        nowhere = f"qemu+unix:///system?socket={tmp_path / 'nothing'}"
+        process = start(
+            tmp_path, "chain", "web.qmp", "-c", nowhere, enter=["env", "--chdir", tmp_path]
+        )
+        ran = ended(process)
+    assert ran.code == 3
+    assert ran.err.endswith("For the socket of this directory: ./web.qmp\n")

@@ -65,3 +65,20 @@ def test_the_command_line_and_the_environment_win(tmp_path: Path) -> None:
     assert own.exists()
     assert run(tmp_path, text, "promote", nobody).code == 2
     assert run(tmp_path, text, "promote", nobody, "--speed", "5M").code == 3
+
+
+def test_a_home_of_somebody_else_is_named(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (home / ".config").mkdir(parents=True)
+    home.chmod(0o700)
+    tmp_path.chmod(0o755)
+    kept = {name: value for name, value in os.environ.items() if name != "PROMOTER_CONFIG"}
+    ran = subprocess.run(
+        ["setpriv", "--reuid=65534", sys.executable, "-m", "promoter", "chain", "/nobody"],
+        env={**kept, "HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 2
+    assert f"Permission denied: is {home}, which is HOME, another user's?" in ran.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import shlex
 from collections.abc import Iterator
@@ -88,3 +89,11 @@ def test_every_runbook_is_played_and_in_the_index() -> None:
     assert runbooks == set(CASES)
     index = LINK.findall((RUNBOOKS / "README.md").read_text())
     assert {f"{name}.md" for name in runbooks} <= set(index)
+
+
+def test_the_picture_of_the_demo_shows_its_end_and_no_place_of_this_machine() -> None:
+    drawn = html.unescape((ROOT / "docs" / "demo.svg").read_text()).replace(
+        "\N{NO-BREAK SPACE}", " "
+    )
+    assert "Everything was proven" in drawn
+    assert set(re.findall(r"(?<![\w/.])/[a-z]+/", drawn)) == {"/vm/", "/run/"}

@@ -160,6 +160,15 @@ def promoter_was_killed(world: World) -> None:
     process.wait()
 
 
+def a_guest_that_writes_faster_than_is_copied(world: World) -> None:
+    guest = world.boot(rate=0)
+    ran = ended(start(world.states[""], "snapshot", *guest.address))
+    assert ran.code == 0, ran
+    guest.wait_for_acks(100)
+    world.begin("consolidate", *guest.address, "--speed", "2M")
+    world.wait_for_word(": commit ")
+
+
 def another_base_lies_there(world: World) -> None:
     world.boot()
     base = world.vm / "base.qcow2"
@@ -220,6 +229,7 @@ CASES = {
     "full-disk": Case(no_room, ("qemu",)),
     "host-died": Case(a_host_that_died, ("qemu",)),
     "promoter-was-killed": Case(promoter_was_killed),
+    "copy-does-not-converge": Case(a_guest_that_writes_faster_than_is_copied),
     "chain-does-not-match": Case(another_base_lies_there),
     "break-a-lease": Case(a_lease_of_a_host_that_is_gone, ("qemu",), always=("qemu",)),
     "apparmor-selinux": Case(one_clone),

@@ -29,7 +29,7 @@ def init(
     directory: Annotated[
         Path, typer.Argument(metavar="DIR", help="Where the certificate authority is, or will be.")
     ],
-    host: Annotated[str, typer.Option(help="The host's name in leases.")],
+    host: Annotated[str, typer.Option(metavar="HOST", help="The host's name in leases.")],
     endpoint: Annotated[
         str, typer.Option(metavar="ADDRESS:PORT", help="Where its agent will listen.")
     ],
@@ -37,12 +37,13 @@ def init(
         list[Role] | None,
         typer.Option("--role", help="For what it may ask; repeatable. Default: request."),
     ] = None,
-    days: Annotated[int, typer.Option(min=1, max=3650, help="For how long.")] = 365,
+    days: Annotated[int, typer.Option(min=1, max=3650, metavar="N", help="For how long.")] = 365,
     as_json: Json = False,
 ) -> None:
-    """Make a host's key and certificate, and the private authority if it is not there.
+    """Make a host's key and certificate.
 
-    What is in DIR/HOST then goes to that host, into STATE-DIR/agent. Keep DIR/ca.key elsewhere.
+    And the private authority, if it is not there. What is in DIR/HOST then goes to that host, into
+    STATE-DIR/agent. Keep DIR/ca.key elsewhere.
     """
     voice = Voice(as_json=as_json)
 
@@ -67,13 +68,13 @@ def revoke(
     directory: Annotated[
         Path, typer.Argument(metavar="DIR", help="Where the certificate authority is.")
     ],
-    host: Annotated[str, typer.Option(help="The host's name in leases.")],
+    host: Annotated[str, typer.Option(metavar="HOST", help="The host's name in leases.")],
     as_json: Json = False,
 ) -> None:
-    """Believe a host's certificates no more: DIR/revoked then goes to every other host.
+    """Believe a host's certificates no more.
 
-    It is STATE-DIR/agent/revoked there, and takes effect at once. A later init gives the host
-    another certificate, which is not on the list.
+    DIR/revoked then goes to every other host. It is STATE-DIR/agent/revoked there, and takes effect
+    at once. A later init gives the host another certificate, which is not on the list.
     """
     voice = Voice(as_json=as_json)
 
@@ -123,7 +124,10 @@ def show_unit(
         list[Path], typer.Option("--pool", metavar="DIR", help="Where disks are; repeatable.")
     ],
 ) -> None:
-    """Print a systemd unit for the agent: it may write in the pools and the state, no more."""
+    """Print a systemd unit for the agent.
+
+    It may write in the pools and the state, no more.
+    """
 
     async def work() -> None:
         sys.stdout.write(unit(Path(sys.executable), state, pools))

@@ -46,7 +46,11 @@ def config_file() -> Path | None:
 @cache
 def settings() -> Settings:
     """What the file says. Raises BadParameter, which is exit code 2."""
-    file = config_file()
+    try:
+        file = config_file()
+    except PermissionError as error:
+        whose = f"is {Path.home()}, which is HOME, another user's?"
+        raise typer.BadParameter(f"{error.filename}: {error.strerror}: {whose}") from error
     return Settings() if file is None else _read(file)
 
 

@@ -37,6 +37,7 @@ State = Annotated[
     Path,
     typer.Option(
         "--state-dir",
+        metavar="DIR",
         envvar="PROMOTER_STATE_DIR",
         default_factory=state_directory,
         help="Where this host's name and its fence command are.",
@@ -204,7 +205,10 @@ def release(disk: Disk, state: State, as_json: Json = False) -> None:
 
 @lease_app.command()
 def request(disk: Disk, state: State, timeout: Timeout = 30, as_json: Json = False) -> None:
-    """Ask the owner to let go, and do not claim the disk; it is kept for this host for 30 s."""
+    """Ask the owner to let go, and do not claim the disk.
+
+    It is kept for this host for 30 s.
+    """
     voice = Voice(as_json=as_json)
 
     def work() -> None:
@@ -240,8 +244,8 @@ def forget_reader(
 def break_lease(
     disk: Disk,
     state: State,
-    epoch: Annotated[int, typer.Option(help="The epoch that `lease show` told.")],
-    reason: Annotated[str, typer.Option(help="Why; it is kept in the lease.")],
+    epoch: Annotated[int, typer.Option(metavar="N", help="The epoch that `lease show` told.")],
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Why; it is kept in the lease.")],
     as_json: Json = False,
 ) -> None:
     """Declare a disk free whose owner is gone for good.
@@ -281,9 +285,10 @@ def run(
     timeout: Timeout = 30,
     as_json: Json = False,
 ) -> None:
-    """Run a QEMU under leases: claim its disks, answer release requests, free them at its end.
+    """Run a QEMU under leases.
 
-    The exit code is the command's. What promoter says goes to standard error.
+    It claims the disks, answers requests to let go of them, and frees them at the end. The exit
+    code is the command's. What promoter says goes to standard error.
     """
     from promoter.lease.run import LeasedRun, RunSpec
 

@@ -25,6 +25,7 @@ from promoter.storage.seed import LEAST_EXTENDED, Preallocation, SeedMethod
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its boxes leave 80 columns no room for what options do
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 job_app = typer.Typer(help="Operations, running and past.", no_args_is_help=True)
@@ -32,7 +33,6 @@ app.add_typer(job_app, name="job")
 app.add_typer(lease.lease_app, name="lease")
 app.add_typer(agent.agent_app, name="agent")
 app.add_typer(hook.hook_app, name="hook")
-app.command("run")(lease.run)
 
 
 class Seed(StrEnum):
@@ -65,7 +65,9 @@ def _check_layout(
         raise typer.BadParameter("--extended-l2 needs a --cluster-size of 16k or more")
 
 
-Guest = Annotated[str, typer.Argument(help="A libvirt domain, or the path of a QMP socket.")]
+Guest = Annotated[
+    str, typer.Argument(metavar="GUEST", help="A libvirt domain, or the path of a QMP socket.")
+]
 Connect = Annotated[
     str,
     typer.Option(
@@ -88,7 +90,9 @@ Disks = Annotated[
         metavar="[DISK]...", help="Target (vda), device id or node-name; default: every disk."
     ),
 ]
-Speed = Annotated[str, typer.Option(metavar="RATE", help="Limit in bytes a second: 50M, 1GiB/s.")]
+Speed = Annotated[
+    str, typer.Option(metavar="RATE", help="Limit in bytes a second: 50M, 1GiB/s; 0: none.")
+]
 OldFiles = Annotated[
     Old, typer.Option("--old", help="What becomes of the files that are not needed any more.")
 ]
@@ -112,6 +116,7 @@ State = Annotated[
     Path,
     typer.Option(
         "--state-dir",
+        metavar="DIR",
         envvar="PROMOTER_STATE_DIR",
         default_factory=state_directory,
         help="Where the journal is kept.",
@@ -149,10 +154,11 @@ def options(
 def chain(
     guest: Guest, connect: Connect = DEFAULT_URI, scan: Scan = None, as_json: Json = False
 ) -> None:
-    """Show the backing chain of each disk as the running guest has it, and who else reads it.
+    """Show the chain of images of each disk, and who reads them.
 
-    Of a libvirt domain also what libvirt believes, where that differs. Readers are processes of
-    this host, and qcow2 overlays, running or not, in the directories of the images.
+    As the running QEMU has them; of a libvirt domain also what libvirt believes, where that
+    differs. Readers are processes of this host, and qcow2 overlays, running or not, in the
+    directories of the images.
     """
     output = choose(as_json=as_json, quiet=False, verbose=False)
 
@@ -169,10 +175,11 @@ def promote(
     disks: Disks = None,
     connect: Connect = DEFAULT_URI,
     target: Annotated[
-        Path | None, typer.Option(help="The new disk's file; default: see above.")
+        Path | None, typer.Option(metavar="FILE", help="The new disk's file; default: see above.")
     ] = None,
     target_dir: Annotated[
-        Path | None, typer.Option(help="Directory for the new disks, under their own names.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Directory for the new disks, under their own names."),
     ] = None,
     image_format: Annotated[
         Format, typer.Option("--format", help="The new disk's format.")
@@ -201,7 +208,9 @@ def promote(
     speed: Speed = "0",
     parallel: Annotated[
         int | None,
-        typer.Option(min=1, help="Disks to seed at once; default: one on each file system."),
+        typer.Option(
+            min=1, metavar="N", help="Disks to seed at once; default: one on each file system."
+        ),
     ] = None,
     lose: Annotated[
         list[Loss] | None, typer.Option(help="What the new disk may be without; repeatable.")
@@ -270,11 +279,15 @@ def consolidate(
     ] = None,
     beside: Annotated[
         bool,
-        typer.Option("--beside", help="Onto a new disk above what is shared: nothing is written"),
+        typer.Option(
+            "--beside", help="Onto a new disk above what is shared; no layer is written to."
+        ),
     ] = False,
-    target: Annotated[Path | None, typer.Option(help="With --beside: the new disk's file.")] = None,
+    target: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --beside: the new disk's file.")
+    ] = None,
     target_dir: Annotated[
-        Path | None, typer.Option(help="With --beside: directory for the new disks.")
+        Path | None, typer.Option(metavar="DIR", help="With --beside: directory for the new disks.")
     ] = None,
     scan: Scan = None,
     speed: Speed = "0",
@@ -328,7 +341,7 @@ def snapshot(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Freeze the guest's disks at one instant; it goes on in overlays above them."""
+    """Freeze the disks at one instant; go on in overlays."""
     choices = Choices(disks=tuple(disks or ()), quiesce=quiesce)
     output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
     work = run.perform(snapshots.plan, guest, connect, choices, state, output, dry_run=dry_run)
@@ -347,7 +360,8 @@ def backup(
         typer.Option(metavar="FILE", help="Only what differs from this backup, or the 'last' one."),
     ] = None,
     keep: Annotated[
-        int | None, typer.Option(min=1, help="Remove all but the newest so many of each disk.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Remove all but the newest N of each disk."),
     ] = None,
     quiesce: Quiesce = False,
     scan: Scan = None,
@@ -357,7 +371,10 @@ def backup(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Snapshot, copy what it froze, compare, and merge the delta again."""
+    """Snapshot, copy what it froze, compare, merge the delta again.
+
+    The copies are whole images; with --since each is an overlay on an earlier one.
+    """
     choices = Choices(
         disks=tuple(disks or ()),
         speed=parse_speed(speed),
@@ -386,10 +403,11 @@ def doctor(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what is wrong with a guest's disks, or on this host, and what would mend it.
+    """Show what is wrong with a guest's disks, or on this host.
 
-    The exit code is that of the gravest: 8 images, or pictures of them, that do not agree; 9 half
-    done; 3 not reachable; 10 a lease; 5 no space; 4 promoter would refuse.
+    And what would mend it. The exit code is that of the gravest: 8 images, or pictures of them,
+    that do not agree; 9 half done; 3 not reachable; 10 a lease; 5 no space; 4 promoter would
+    refuse.
     """
     from promoter.cli.doctor import Doctor
 
@@ -407,7 +425,10 @@ def show_report(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Tell what happened in an operation: chains before and after, times, rates, faults, proof."""
+    """Tell what happened in an operation.
+
+    Its chains before and after, times, rates, faults, what was done about them, and the proof.
+    """
     output = choose(as_json=as_json, quiet=False, verbose=False)
     run.finish(run.report(identity, state, output, html), output)
 
@@ -446,7 +467,7 @@ def change_speed(
     state: State,
     as_json: Json = False,
 ) -> None:
-    """Limit a running operation to another speed: each disk's seed, then its mirror."""
+    """Limit a running operation to another speed."""
     output = choose(as_json=as_json, quiet=False, verbose=False)
     run.finish(run.change_speed(identity, parse_speed(rate, "RATE"), state, output), output)
 
@@ -459,14 +480,20 @@ def watch_job(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show a running operation until it ends; with its exit code. Ctrl-C ends only the watching."""
+    """Show a running operation until it ends.
+
+    The exit code is the operation's. Ctrl-C ends only the watching.
+    """
     output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
     run.finish(run.watch(identity, state, output), output)
 
 
 @job_app.command("pause")
 def pause_job(identity: Identity, state: State, as_json: Json = False) -> None:
-    """Have a running operation copy nothing until "job resume ID"; the guest runs on."""
+    """Have a running operation copy nothing; the guest runs on.
+
+    `promoter job resume ID` has it go on.
+    """
     output = choose(as_json=as_json, quiet=False, verbose=False)
     run.finish(run.ask(identity, "pause", state, output), output)
 
@@ -505,12 +532,15 @@ def resume_job(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Finish what was interrupted, or put it back, going by the guest and the files.
+    """Finish what was interrupted, or put it back.
 
-    One that is paused goes on.
+    By what the guest and the files show. An operation that is paused goes on.
     """
     output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
     run.finish(run.resume(identity, state, output), output)
+
+
+app.command("run")(lease.run)
 
 
 def main(words: Sequence[str]) -> None:

@@ -80,7 +80,12 @@ async def connect(name: str, uri: str) -> Guest:
     """The running guest that ``name`` means: a domain of ``uri``, or the path of a socket."""
     if "/" in name:
         return await guests.plain(Path(name).absolute())
-    return await guests.domain(name, uri)
+    try:
+        return await guests.domain(name, uri)
+    except Unreachable as error:
+        if Path(name).is_socket():
+            error.hint = f"That is a domain's name. For the socket of this directory: ./{name}"
+        raise
 
 
 async def connect_again(intent: Move | Backup) -> Guest:

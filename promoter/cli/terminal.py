@@ -61,13 +61,14 @@ class PlainOutput:
 
     def __init__(self, *, quiet: bool, verbose: bool) -> None:
         self.console = _console(sys.stdout, INFO, quiet=quiet)
+        self._wide = _console(sys.stdout, INFO, quiet=quiet, wide=True)
         self.warnings = _console(sys.stderr, WARNING)
         self.errors = _console(sys.stderr, ERROR)
         self._verbose = verbose
         self._said: dict[tuple[str, str], float] = {}
 
     def chains(self, guest: str, view: GuestView, siblings: Siblings | None) -> None:
-        self.console.print(tree(guest, view, siblings))
+        self._wide.print(tree(guest, view, siblings))
 
     def operations(self, entries: Sequence[Entry]) -> None:
         rows: list[tuple[str, ...]] = [("ID", "OPERATION", "GUEST", "STATUS", "STARTED", "RESULT")]
@@ -93,7 +94,7 @@ class PlainOutput:
         table = Table(*head, box=None)
         for row in texts:
             table.add_row(*map(escape, row))
-        self.console.print(table)
+        self._wide.print(table)
 
     def report(self, report: Report) -> None:
         from promoter.cli.report import lines
@@ -161,7 +162,7 @@ class PlainOutput:
         table = Table(box=None, show_header=False, pad_edge=False)
         for name, text in rows:
             table.add_row(name, text)
-        self.console.print(table)
+        self._wide.print(table)
 
     def _summary(self, operation: Kind, report: DiskReport) -> None:
         copied = (report.seeded_bytes or 0) + (report.mirrored_bytes or 0)
@@ -257,11 +258,13 @@ def is_journal(stream: TextIO) -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{file.st_dev}:{file.st_ino}"
 
 
-def _console(stream: TextIO, priority: int, *, quiet: bool = False) -> Console:
-    """A console that never breaks a path in a log."""
+def _console(stream: TextIO, priority: int, *, quiet: bool = False, wide: bool = False) -> Console:
+    """A console that never breaks a path in a log; a ``wide`` one not on a terminal either, whose
+    long lines are wrapped by itself.
+    """
     file = cast(TextIO, _Prioritised(stream, priority)) if is_journal(stream) else stream
     console = Console(file=file, quiet=quiet, highlight=False, soft_wrap=True)
-    if not console.is_terminal:
+    if wide or not console.is_terminal:
         console.width = LOG_WIDTH
     return console
 

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import subprocess
 
-import libvirt
-
 from promoter import __version__
+
+
+def _libvirt() -> str:
+    try:
+        import libvirt
+    except ImportError:
+        return "not found"
+    number = libvirt.getVersion()
+    return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
 
 
 def versions() -> str:
@@ -16,6 +23,4 @@ def versions() -> str:
         qemu = said.stdout.splitlines()[0].removeprefix("qemu-img version ")
     except (OSError, subprocess.CalledProcessError, IndexError):
         qemu = "not found"
-    number = libvirt.getVersion()
-    found = f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
-    return f"promoter {__version__}\nqemu-img {qemu}\nlibvirt {found}\n"
+    return f"promoter {__version__}\nqemu-img {qemu}\nlibvirt {_libvirt()}\n"

@@ -408,7 +408,7 @@ def check_printable(path: Path) -> None:
 def check_directory(directory: Path) -> None:
     if not directory.is_dir():
         what = "not a directory" if directory.exists() else "no such directory"
-        raise Refused(f"{what}: {directory}", "Create it, or choose another --target.")
+        raise Refused(f"{what}: {directory}", "Create it, or choose another.")
     if os.statvfs(directory).f_flag & os.ST_RDONLY:
         raise Refused(f"{directory} is on a read-only file system", "Choose another --target.")
     if not os.access(directory, os.W_OK | os.X_OK):

@@ -37,7 +37,7 @@ async def check(guest: Guest) -> None:
         await _expect_thawed(guest)
     except JobFailed as error:
         hint = error.hint or "Does qemu-guest-agent run in the guest, and does no one else use it?"
-        raise Refused(f"cannot quiesce: {error.message}", f"{hint} {WITHOUT}") from error
+        raise Refused(f"cannot quiesce: {error.message}", f"{WITHOUT} {hint}") from error
 
 
 async def freeze(guest: Guest) -> None:
