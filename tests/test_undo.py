@@ -53,6 +53,7 @@ def prove_undone(case: Case, ran: Ran, layers: list[Path]) -> None:
     case.prove_disk(len(layers))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("where", ["in place", "elsewhere"])
 def test_a_promoted_disk_goes_back_with_what_was_written_since(
     make: Make, tmp_path: Path, where: str
@@ -118,6 +119,7 @@ def test_a_disk_that_grew_on_its_new_file_goes_back_as_large(tmp_path: Path) -> 
     assert "failed" not in subprocess.run(check, check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("point", [*IN_AN_UNDO, "before TIDY"])
 def test_an_undo_that_is_killed_is_finished_by_resume(
     make: Make, tmp_path: Path, point: str
@@ -142,9 +144,9 @@ def test_an_undo_that_is_killed_is_finished_by_resume(
         case.prove_disk(2)
 
 
-def test_what_nothing_brings_back_is_refused(make: Make, tmp_path: Path) -> None:
+def test_what_nothing_brings_back_is_refused(tmp_path: Path) -> None:
     clone = linked_clone(base(), tmp_path / "clone.qcow2")
-    case = Case(make, tmp_path, [clone])
+    case = Case(lambda disks: VM(tmp_path, disks, writer={"rate": 0}), tmp_path, [clone])
     with case.guest as guest:
         guest.wait_for_acks(20)
         snapshot = case.done("snapshot")["id"]
