@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ class Image:
     """One image of a backing chain, as the running guest has it open.
 
     ``file`` is None when the image, or its external data file, is not a plain local
-    file. Sizes are in bytes. Source: QAPI ``query-named-block-nodes``.
+    file. Sizes are in bytes. It is ``writable`` where QEMU has it open for writing, whether or not
+    anybody may write. Source: QAPI ``query-named-block-nodes``.
     """
 
     node: str
@@ -53,6 +54,7 @@ class Image:
     data_file: Path | None = None
     snapshots: tuple[str, ...] = ()
     bitmaps: tuple[str, ...] = ()
+    writable: bool = field(default=False, compare=False)
 
     @property
     def granularity(self) -> int:

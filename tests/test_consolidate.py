@@ -206,6 +206,35 @@ def test_layers_under_the_active_one_are_merged_without_a_switchover(
         case.prove_tidy(*layers[1:3], layers[5], *kept, case.state)
 
 
+@pytest.mark.parametrize("read_only", ["on", "off"])
+def test_what_is_merged_below_is_flushed_or_it_is_refused(tmp_path: Path, read_only: str) -> None:
+    """QEMU flushes it where it has the layers open read-only. A pulled plug shows that."""
+    layers = chain(tmp_path, 4)  # base, 1, 2, 3, 4
+    opened: list[str] = []
+    for number, layer in enumerate(layers[1:-1], 1):
+        node = f"driver=qcow2,node-name=layer{number},read-only={read_only}"
+        node += f",file.driver=file,file.filename={layer},file.auto-read-only=on"
+        below = f",backing=layer{number - 1}" if number > 1 else ""
+        opened += ["-blockdev", node + below]
+    disk = Disk(layers[-1], options="backing=layer3")
+    case = Case(lambda _: VM(tmp_path, [disk], extra=opened), tmp_path, layers[-1:])
+    with case.guest as guest:
+        guest.wait_for_acks(20)
+        files, before = case.files(), case.chain()
+        ran = case.run("consolidate", "--top", layers[3], "--base", layers[1])
+        if read_only == "on":
+            assert ran.code == 0, ran
+        else:
+            assert (ran.code, ran.result["error"]) == (4, "Refused")
+            assert "would not flush" in ran.result["message"]
+            case.prove_unchanged(before, files)
+        guest.kill()
+    for number in (1, 2, 3, 4):
+        pattern = f"read -P {number} {SPARE_OFFSET + number * MIB} 1M"
+        subprocess.run(["qemu-io", "-r", "-c", pattern, layers[-1]], check=True)
+    case.prove_disk(3 if read_only == "on" else 5, killed=True)
+
+
 @NIGHTLY_LIBVIRT
 @pytest.mark.parametrize(
     "where", ["in place", pytest.param("elsewhere", marks=pytest.mark.nightly)]

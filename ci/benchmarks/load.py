@@ -82,8 +82,8 @@ class Move:
         file = {"driver": "file", "filename": str(image), "node-name": f"{name}-file"}
         self.vm.qmp("blockdev-add", driver="qcow2", node_name=name, file=file, **options)
 
-    def add_target(self) -> None:
-        self.add("target", self.target, discard="unmap")  # else a job counts zeros as copied bytes
+    def add_target(self, **options: object) -> None:
+        self.add("target", self.target, discard="unmap", **options)  # else zeros count as copied
 
     def snapshot(self, number: int) -> None:
         """The guest writes to `snapshotN` from now on."""
@@ -101,7 +101,7 @@ def snapshots(move: Move) -> float:
     move.snapshot(0)
     copy = ("qemu-img", "convert", "-U", "-O", "qcow2", "-r", SPEED)
     move.run(*copy, move.source, move.target)
-    move.add_target()
+    move.add_target(read_only=True)  # else no commit flushes it
     below = {"file": "snapshot0-file", "backing": "target"}
     move.vm.qmp("blockdev-reopen", options=[{"driver": "qcow2", "node-name": "snapshot0", **below}])
     number, took = 0, move.deadline

@@ -112,6 +112,7 @@ class BlockGraph:
             data_file=data_file,
             snapshots=tuple(s["name"] for s in info.get("snapshots", ())),
             bitmaps=tuple(b["name"] for b in _bitmaps(entry, specific)),
+            writable=not entry["ro"],
         )
 
     def _path(self, node: str) -> Path | None:

@@ -89,7 +89,9 @@ async def _plan_disk(
             _check_unread(disk, disk.chain.images[: into + 1], siblings)
         return await _beside(view, disk, choices, identity, index, into)
     _check_target(disk, disk.chain.images[into], siblings)
-    if not top:
+    if top:
+        _check_flushed(disk, disk.chain.images[into])
+    else:
         _check_switchover(view, disk)
     return _commit(disk, choices, identity, index, top, into)
 
@@ -162,6 +164,19 @@ def _check_target(disk: Disk, target: Image, siblings: Siblings) -> None:
         raise Refused(
             f"{disk.name}: {file} is larger than the disk",
             "The guest would see its disk grow. Use --beside, or resize the disk first.",
+        )
+
+
+def _check_flushed(disk: Disk, target: Image) -> None:
+    """Will what is merged below the active layer be on stable storage?
+
+    QEMU flushes it only as it makes the target read-only again.
+    """
+    if target.writable:
+        raise Refused(
+            f"{disk.name}: QEMU has {target.file} open for writing, and would not flush what is"
+            " merged into it: a crash could lose it",
+            "Use --beside, or boot the guest with read-only=on for its backing layers.",
         )
 
 
