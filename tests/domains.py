@@ -146,8 +146,10 @@ class Libvirtd:
     def small(self, directory: Path, size: str) -> Iterator[None]:
         """The daemon and its QEMUs have a file system of this size there."""
         self._mount("-t", "tmpfs", "-o", f"size={size}", "none", directory)
-        yield
-        subprocess.run([*self.enter, "umount", "--lazy", directory], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run([*self.enter, "umount", "--lazy", directory], check=True)
 
     def grow(self, directory: Path, size: str) -> None:
         self._mount("-o", f"remount,size={size}", directory)

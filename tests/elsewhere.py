@@ -181,8 +181,10 @@ class Elsewhere:
         xml = f"<pool type='dir'><name>elsewhere</name>{place}</pool>"
         with self.libvirtd.connect() as connection:
             made = connection.storagePoolCreateXML(xml)
-            yield
-            made.destroy()
+            try:
+                yield
+            finally:
+                made.destroy()
 
     def run(self, command: object, *words: object) -> Ran:
         return promoter(self.state, command, "web01", *words, "-c", self.uri, "--json")

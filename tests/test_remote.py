@@ -73,6 +73,18 @@ def test_a_domain_is_promoted_over_tls(tls: tuple[Libvirtd, Pki, int], tmp_path:
 
 
 @pytest.mark.nightly
+def test_a_domain_is_promoted_over_a_socket_that_leads_elsewhere(
+    libvirtd: Libvirtd, tmp_path: Path
+) -> None:
+    """Its URI names no host, but the domain's QEMU is no process that is seen."""
+    elsewhere = Elsewhere(libvirtd, tmp_path, libvirtd.uri)
+    with elsewhere.running():
+        promoted = ended(elsewhere.promoting(enter=("unshare", "--pid", "--fork", "--mount-proc")))
+        assert promoted.code == 0, promoted
+        elsewhere.prove(promoted=True)
+
+
+@pytest.mark.nightly
 def test_certificates_that_are_not_believed_are_told(
     tls: tuple[Libvirtd, Pki, int], tmp_path: Path
 ) -> None:

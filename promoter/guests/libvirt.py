@@ -2,10 +2,11 @@
 
 libvirt's calls block, so each runs in a thread, and another one waits for its events: its
 adapter for asyncio is no good among threads. What libvirt does not report, such as QEMU's block
-graph, is read by pass-through; nothing is ever changed that way. The guest agent is spoken to
-by pass-through too, since libvirt's own calls to freeze and thaw have no bound.
+graph and why a job failed, is read by pass-through; nothing is ever changed that way. The guest
+agent is spoken to by pass-through too, since libvirt's own calls to freeze and thaw have no bound.
 Source: libvirt's ``virConnect*`` and ``virDomain*``, ``virDomainQemuMonitorCommand``,
-``virDomainQemuAgentCommand``, and the domain XML's ``<disk>`` with its ``<source>``,
+``virDomainQemuAgentCommand``, ``virConnectDomainQemuMonitorEventRegister`` (QAPI
+``BLOCK_JOB_COMPLETED``), and the domain XML's ``<disk>`` with its ``<source>``,
 ``<backingStore>`` and ``<alias>``.
 """
 

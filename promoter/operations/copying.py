@@ -79,8 +79,7 @@ async def await_ready(course: Course) -> None:
     if course.intent.domain:
         course.worker = course.worker or await Worker.start()
     running = course.with_job(Job.RUNNING)
-    if course.going.is_set():
-        await _set_speeds(course, running)
+    await _set_speeds(course, running)
     following = [disk for disk in running if course.intent.follows(disk)]
     keep_slowing = course.slowing.keep_slowing(course.alive, following)
     slowing = asyncio.create_task(keep_slowing, name="convergence")
@@ -107,8 +106,9 @@ async def await_ready(course: Course) -> None:
 async def _set_speeds(course: Course, disks: list[DiskIntent]) -> None:
     """It may have been changed while nobody could tell the guest."""
     for disk in disks:
-        with suppress(CommandFailed):  # it has just ended
-            await course.alive.set_speed(disk.job, course.intent.choices.speed)
+        if course.going.is_set():  # a domain's pause is a speed
+            with suppress(CommandFailed):  # it has just ended
+                await course.alive.set_speed(disk.job, course.intent.choices.speed)
 
 
 async def _wait_until_ready(

@@ -22,7 +22,14 @@ from promoter.operations.leftovers import kept_files, undone_file
 from promoter.operations.move import DiskIntent, DiskSeen, Failure, Job, Kind, Move, Seen, Way
 from promoter.operations.outcome import DiskReport
 from promoter.operations.slowing import Slowing
-from promoter.operations.suspended import LONGEST_ABSENCE, LONGEST_STANDSTILL, Done, Work, Worker
+from promoter.operations.suspended import (
+    LONGEST_ABSENCE,
+    LONGEST_STANDSTILL,
+    Done,
+    Work,
+    Worker,
+    until_next_try,
+)
 from promoter.storage.files import is_locked, is_open
 from promoter.storage.pace import Pace
 from promoter.values import to_json
@@ -145,12 +152,12 @@ class Course:
                         continue
                 if not self.intent.domain and not await asyncio.to_thread(self._in_use):
                     return None
-                if time.monotonic() - began > self._patience:
+                if (waited := time.monotonic() - began) > self._patience:
                     raise Interrupted(
                         f"{error.message}, but its disks may be in use",
                         f"{error.hint} Then: promoter job resume {self.id}",
                     ) from error
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(until_next_try(waited))
             else:
                 return self.looked
 

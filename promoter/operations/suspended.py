@@ -336,14 +336,19 @@ async def _run(work: Work) -> Done:
 async def _reach(address: DomainAddress | str) -> Guest:
     if isinstance(address, str):
         return await connect.plain(Path(address))
-    deadline = time.monotonic() + LONGEST_ABSENCE
+    began = time.monotonic()
     while True:
         try:
             return await connect.domain(address.uuid, address.uri)
         except Unreachable:
-            if time.monotonic() > deadline:
+            if (waited := time.monotonic() - began) > LONGEST_ABSENCE:
                 raise
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(until_next_try(waited))
+
+
+def until_next_try(waited: float) -> float:
+    """Seconds: a host that stays away is tried ever more seldom."""
+    return min(5.0, 0.1 + waited / 10)
 
 
 def main() -> None:
