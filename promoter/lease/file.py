@@ -8,6 +8,10 @@
 
 The highest epoch is the truth. A number is never freed for reuse: with every epoch there, a
 link to the next one can succeed only once, however old the view is that it was made from.
+
+Only epochs, requests and heartbeats go to stable storage. The rest tells of them, and who waits for
+a disk need not wait for that: an answer that a power cut has torn is none, and the lease says what
+became of the request.
 """
 
 from __future__ import annotations
@@ -146,7 +150,7 @@ class LeaseFile:
         if not self.epochs.put_if_absent(_name(record.epoch), data):
             return False
         with suppress(PromoterError):  # the epoch is the truth and is written
-            self.beside.replace(self._pointer, data)
+            self.beside.replace(self._pointer, data, durable=False)
         if self.ledger:
             self.ledger.wrote(self.disk, before, record)
         return True
@@ -185,16 +189,18 @@ class LeaseFile:
         return found
 
     def answer(self, ticket: int, answer: Answer) -> None:
-        self.queue.replace(f"{_name(ticket)}.answer", encode(answer))
+        self.queue.replace(f"{_name(ticket)}.answer", encode(answer), durable=False)
 
     def answer_to(self, asked: Asked) -> Answer | None:
         name = f"{_name(asked.ticket)}.answer"
-        data = self.queue.read(name)
-        answer = parse(Answer, data, name) if data else None
-        return answer if answer and answer.request == asked.request.id else None
+        with suppress(BadRecord):
+            data = self.queue.read(name)
+            answer = parse(Answer, data, name) if data else None
+            return answer if answer and answer.request == asked.request.id else None
+        return None
 
     def tell(self, work: Work) -> None:
-        self.epochs.replace(WORK, encode(work))
+        self.epochs.replace(WORK, encode(work), durable=False)
 
     def told(self) -> Work | None:
         data = self.epochs.read(WORK)
