@@ -362,6 +362,12 @@ class Scene:
                 self._end(party)
         self._end(*self.parties)
 
+    def told(self) -> str:
+        """All that there is to be read."""
+        files = [self.log, *self.directory.glob("host-?/audit.log")]
+        files += sorted(self.disk.with_name(f"{self.disk.name}.lease.d").rglob("0*"))
+        return "\n".join(f"{file}: {file.read_text()}" for file in files)
+
     def check(self) -> None:
         told = self.log.read_text()
         assert not re.findall("REFUSED|TWO|UNCLAIMED", told), told
@@ -422,7 +428,7 @@ def run_case(server: Path, authority: Path, case: Case) -> tuple[Case, bool, str
             made.open_again()
             made.check()
         except AssertionError as error:
-            return case, made.struck, f"FAILED: {error}\n{made.log.read_text()}"
+            return case, made.struck, f"FAILED: {error}\n{made.told()}"
         return case, made.struck, became
 
 
