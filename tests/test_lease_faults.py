@@ -73,8 +73,9 @@ ROOT = Path(__file__).parent.parent
 HEAD = """\
 # Faults in a handover
 
-Written by tests/test_lease_faults.py in its nightly run: {0} faults in {minutes} min, at {owners} steps
-of the owner's and {requesters} of the requester's, none failed. Two hosts' `promoter run` over one pool, one fault in each handover, before a step of either's. Whatever
+Written by tests/test_lease_faults.py in its nightly run: {0} faults in {minutes} min, at
+{owners} steps of the owner's and {requesters} of the requester's, none failed. Two hosts'
+`promoter run` over one pool, one fault in each handover, before a step of either's. Whatever
 became of the request, never had two of them the disk, nobody had it without its lease, and
 afterwards both had it again by the rules.
 

@@ -243,8 +243,9 @@ class LeasedRun:
             store = await self._followed(store)
             await self._tolerantly(store.disk, partial(self._alone, self._answer_all, store))
             await self._bring_back(store)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(bell.wait(), ANSWER_EVERY)
+            with suppress(TimeoutError):  # wait_for could lose a cancellation (CPython issue 86296)
+                async with asyncio.timeout(ANSWER_EVERY):
+                    await bell.wait()
 
     async def _followed(self, store: LeaseFile) -> LeaseFile:
         """The disk's lease, which an operation may have moved with the disk."""
