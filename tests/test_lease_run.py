@@ -566,7 +566,7 @@ def test_who_rings_as_the_command_ends_does_not_keep_the_run_from_ending(
     async def serve() -> None:
         run = LeasedRun(spec, this_host(state), ledger(state), None, lambda *_: None)
         serving = asyncio.create_task(run._serve(run.stores[0]))
-        while not run._bells[run.stores[0]]._waiters:
+        while not run._bells[run.stores[0]]._waiters:  # noqa: ASYNC110 - that very moment is wanted
             await asyncio.sleep(0)
         run._wake()
         serving.cancel()
