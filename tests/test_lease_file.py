@@ -180,6 +180,25 @@ def test_a_claim_that_may_have_been_written_is_not_called_lost(
         lease.compare_and_swap(1, freed(now(lease)))
 
 
+def test_who_looks_as_the_first_record_is_written_sees_it_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(b"image")
+    looking, writing = LeaseFile(disk), LeaseFile(disk)
+    names = looking.epochs.names
+
+    def before() -> list[str]:
+        found = names()
+        assert writing.compare_and_swap(0, first(writing))
+        return found
+
+    monkeypatch.setattr(looking.epochs, "names", before)
+    assert looking.read() is None
+    monkeypatch.undo()
+    assert now(looking).epoch == 1
+
+
 def test_only_what_decides_waits_for_stable_storage(
     lease: LeaseFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,9 +110,10 @@ class LeaseFile:
 
     def _list(self) -> int:
         """The newest epoch, when all before it are there too."""
+        pointed = self.beside.exists(self._pointer)  # first: an epoch is written before
         numbers = sorted(int(name) for name in self.epochs.names() if NUMBER.fullmatch(name))
         if not numbers:
-            self._expect(not self.beside.exists(self._pointer), "there is a lease but no epochs")
+            self._expect(not pointed, "there is a lease but no epochs")
             return 0
         self._expect(numbers == list(range(1, numbers[-1] + 1)), "epochs are missing")
         self.epochs.sweep()
