@@ -31,7 +31,8 @@ FILES = {
     "matrix-libvirt": ["test_matrix.py"],
     "coverage": ["test_coverage.py"],
     "fuzz": ["test_fuzz.py", "test_bad_input.py"],
-    "lease": ["test_lease_*.py"],
+    "lease": ["test_lease_[!f]*.py", "test_lease_fi*.py"],
+    "lease-faults": ["test_lease_faults.py"],
 }
 ONLY = {"matrix-qemu": "not libvirt", "matrix-libvirt": "libvirt"}  # of their file's tests
 WHOLE = {"coverage"}  # its table is written only when every cell was tried in one run

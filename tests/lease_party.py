@@ -165,10 +165,10 @@ def install(gate: Gate) -> None:
 
 def _naming(gate: Gate, verb: str, real: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(real)
-    def named(self: SharedDirectory, name: str, *arguments: Any) -> Any:
+    def named(self: SharedDirectory, name: str, *arguments: Any, **how: Any) -> Any:
         place = {"requests": "request ", "hosts": "host "}.get(self.path.name, "")
         with gate.doing(f"{verb} {place}{name}", counted=verb != "read"):  # waits read
-            return real(self, name, *arguments)
+            return real(self, name, *arguments, **how)
 
     return named
 

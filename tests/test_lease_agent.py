@@ -66,7 +66,7 @@ from tests.agents import (
     refusals,
     status,
 )
-from tests.cli import promoter
+from tests.cli import ended, promoter, start
 from tests.test_lease_run import (
     Hosts,
     LeasingHost,
@@ -178,6 +178,25 @@ def test_a_lease_that_no_process_holds_is_answered_and_beaten_for(hosts: Hosts, 
     assert (ran.code, ran.result["error"]) == (10, "LeaseHeld")
     assert "no process of its owner's answers for it" in ran.result["message"]
     assert record(disk).epoch == 1
+
+
+def test_who_was_told_that_a_disk_is_let_go_of_hears_when_nobody_is_left_to(
+    hosts: Hosts, disk: Path
+) -> None:
+    """Its owner's process is killed while it waits for its command to end."""
+    a, b = hosts
+    deaf = ["setpriv", "--pdeathsig", "KILL", "sh", "-c", "trap '' TERM; while :; do sleep 1; done"]
+    running = a.run(disk, "close", *deaf)
+    wait_for(lambda: owner_of(disk) == a.name, "it to be had", 60)
+    asking = start(b.state, "lease", "acquire", disk, "--timeout", 300, "--json")
+    wait_for(lambda: record(disk).state is State.RELEASING, "it to be let go of", 60)
+    running.process.kill()
+    running.end()
+    with agent(a.state):
+        ran = ended(asking, 60)
+    assert (ran.code, ran.result["error"]) == (10, "LeaseHeld"), ran
+    assert "no process of its owner's answers for it" in ran.result["message"]
+    assert a.lease("release", disk).code == 0
 
 
 # --- who is believed ---------------------------------------------------------------------------

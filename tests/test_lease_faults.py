@@ -45,7 +45,7 @@ from tests.test_lease_run import HOLDER
 from tests.vm import wait_for
 
 SEED = 20261126
-SAMPLE = 24
+SAMPLE = 15
 AT_ONCE = 3
 WANTED = 2000
 OWNER, REQUESTER = "owner", "requester"
@@ -73,8 +73,8 @@ ROOT = Path(__file__).parent.parent
 HEAD = """\
 # Faults in a handover
 
-Written by tests/test_lease_faults.py in its nightly run: {0} faults, at {owners} steps of the
-owner's and {requesters} of the requester's, in {minutes} min, none failed. Two hosts'
+Written by tests/test_lease_faults.py in its nightly run: {0} faults in {minutes} min, at
+{owners} steps of the owner's and {requesters} of the requester's, none failed. Two hosts'
 `promoter run` over one pool, one fault in each handover, before a step of either's. Whatever
 became of the request, never had two of them the disk, nobody had it without its lease, and
 afterwards both had it again by the rules.
@@ -91,6 +91,12 @@ class Case:
     step: str
     fault: str
     afterwards: str
+
+
+FOUND = (
+    # Whether it is releasing the disk the owner could not tell: it said so, and did not.
+    Case(OWNER, "fsync 2 (put_if_absent 00000002)", "EIO", "the other host"),
+)
 
 
 class Party:
@@ -356,6 +362,12 @@ class Scene:
                 self._end(party)
         self._end(*self.parties)
 
+    def told(self) -> str:
+        """All that there is to be read."""
+        files = [self.log, *self.directory.glob("host-?/audit.log")]
+        files += sorted(self.disk.with_name(f"{self.disk.name}.lease.d").rglob("0*"))
+        return "\n".join(f"{file}: {file.read_text()}" for file in files)
+
     def check(self) -> None:
         told = self.log.read_text()
         assert not re.findall("REFUSED|TWO|UNCLAIMED", told), told
@@ -416,7 +428,7 @@ def run_case(server: Path, authority: Path, case: Case) -> tuple[Case, bool, str
             made.open_again()
             made.check()
         except AssertionError as error:
-            return case, made.struck, f"FAILED: {error}\n{made.log.read_text()}"
+            return case, made.struck, f"FAILED: {error}\n{made.told()}"
         return case, made.struck, became
 
 
@@ -442,7 +454,7 @@ def run_all(server: Path, authority: Path, cases: Sequence[Case]) -> Counter[tup
 def test_two_never_have_the_disk_whatever_fails_in_a_handover(
     server: Path, authority: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    cases = random.Random(SEED).sample(all_cases(server), SAMPLE)
+    cases = [*FOUND, *random.Random(SEED).sample(all_cases(server), SAMPLE)]
     ran = run_all(server, authority, cases)
     record_property("faults", ran.total())
     assert ran.total() > SAMPLE * 0.8, "most are reached"

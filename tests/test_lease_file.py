@@ -25,6 +25,7 @@ from promoter.lease.record import (
     Request,
     Said,
     Stamp,
+    Work,
     encode,
     parse,
 )
@@ -179,6 +180,47 @@ def test_a_claim_that_may_have_been_written_is_not_called_lost(
         lease.compare_and_swap(1, freed(now(lease)))
 
 
+def test_who_looks_as_the_first_record_is_written_sees_it_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(b"image")
+    looking, writing = LeaseFile(disk), LeaseFile(disk)
+    names = looking.epochs.names
+
+    def before() -> list[str]:
+        found = names()
+        assert writing.compare_and_swap(0, first(writing))
+        return found
+
+    monkeypatch.setattr(looking.epochs, "names", before)
+    assert looking.read() is None
+    monkeypatch.undo()
+    assert now(looking).epoch == 1
+
+
+def test_only_what_decides_waits_for_stable_storage(
+    lease: LeaseFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An epoch's file, then its name in the directory; a handover writes three of them."""
+    fsync, synced = os.fsync, list[str]()
+
+    def noting(fd: int) -> None:
+        fsync(fd)
+        path = Path(f"/proc/self/fd/{fd}").readlink()
+        synced.append(path.name if path.is_dir() else path.parent.name)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    assert lease.compare_and_swap(1, freed(now(lease)))
+    assert synced == [lease.epochs.path.name] * 2
+    assert lease.beside.read(f"{lease.disk.name}.lease") == encode(now(lease))
+    lease.ask(Request("r1", 2, TWO, "now"))
+    synced.clear()
+    lease.answer(1, Answer("r1", Said.BUSY, 2))
+    lease.tell(Work("op", "mirror"))
+    assert not synced
+
+
 def linked(path: Path) -> None:
     path.rename(path.with_name("elsewhere"))
     path.symlink_to("elsewhere")
@@ -291,6 +333,9 @@ def test_requests_queue_by_ticket_and_are_answered(lease: LeaseFile) -> None:
     said = Answer("r1", Said.BUSY, 1, "mirror", retry_after=5)
     lease.answer(1, said)
     assert lease.answer_to(asked) == said
+    (lease.queue.path / "00000001.answer").write_bytes(encode(said)[:-9])
+    assert lease.answer_to(asked) is None, "it is torn"
+    lease.answer(1, said)
     again = Asked(1, Request("r1-again", 2, TWO, "now"))
     lease.renew(again)
     assert lease.requests()[0] == again

@@ -557,6 +557,25 @@ def test_a_disk_that_has_just_come_is_not_given_away_again(
     assert {answer.why for answer in heard[:2]} == {"it has only just come here"}
 
 
+def test_who_rings_as_the_command_ends_does_not_keep_the_run_from_ending(
+    hosts: Hosts, disk: Path
+) -> None:
+    spec = RunSpec((disk,), ("true",), Policy.CLOSE, None, 5)
+    state = hosts[0].state
+
+    async def serve() -> None:
+        run = LeasedRun(spec, this_host(state), ledger(state), None, lambda *_: None)
+        serving = asyncio.create_task(run._serve(run.stores[0]))
+        while not run._bells[run.stores[0]]._waiters:  # noqa: ASYNC110 - that very moment is wanted
+            await asyncio.sleep(0)
+        run._wake()
+        serving.cancel()
+        await asyncio.wait([serving], timeout=2)
+        assert serving.cancelled()
+
+    asyncio.run(serve())
+
+
 def test_a_loan_ends_when_it_is_not_fetched_or_its_borrower_is_silent(
     hosts: Hosts, disk: Path, tmp_path: Path
 ) -> None:

@@ -25,7 +25,6 @@ import ssl
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -342,8 +341,10 @@ class Agent:
             return
         for asked in store.requests():
             answer = rules.answer(record, asked.request, Holding(self.host.name, Policy.NEVER))
-            answer = replace(answer, why="no process of its owner's answers for it")
-            if answer.said is Said.REFUSED and store.answer_to(asked) != answer:
+            ours = answer.said is not Said.NOT_OWNER  # also what a process died of letting go of
+            why = "no process of its owner's answers for it"
+            answer = Answer(asked.request.id, Said.REFUSED, answer.epoch, why)
+            if ours and store.answer_to(asked) != answer:
                 self.ledger.refused(answer.why, disk=str(store.disk), request=asked.request.id)
                 store.answer(asked.ticket, answer)
 

@@ -1,8 +1,8 @@
 """A directory on shared storage that several hosts write, and that anybody may have prepared.
 
-A file appears whole or not at all, and on stable storage. No symbolic link is followed, nothing
-but regular files is read, and no more of them than `LARGEST` bytes. What the storage says
-comes out as `Refused` or `NoSpace` (nothing was changed), or as `CouldNotTell`.
+A file appears whole or not at all, and on stable storage unless that is not asked for. No symbolic
+link is followed, nothing but regular files is read, and no more of them than `LARGEST` bytes. What
+the storage says comes out as `Refused` or `NoSpace` (nothing was changed), or as `CouldNotTell`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class SharedDirectory:
         """
 
         def put(directory: int) -> bool:
-            with _temporary(directory, data) as temporary:
+            with _temporary(directory, data, durable=True) as temporary:
                 mine = self._link(directory, temporary, name, data)
                 os.fsync(directory)
                 return mine
@@ -97,13 +97,16 @@ class SharedDirectory:
             ) from error
         return True
 
-    def replace(self, name: str, data: bytes) -> None:
-        """Put a file in its place, whatever was there."""
+    def replace(self, name: str, data: bytes, *, durable: bool = True) -> None:
+        """Put a file in its place, whatever was there. Not ``durable``: after a power cut what was
+        there before may be again, or something torn.
+        """
 
         def put(directory: int) -> bool:
-            with _temporary(directory, data) as temporary:
+            with _temporary(directory, data, durable=durable) as temporary:
                 os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
-                os.fsync(directory)
+                if durable:
+                    os.fsync(directory)
             return True
 
         self._tried(f"write {name} in", put)
@@ -225,15 +228,16 @@ def _read_all(fd: int) -> bytes:
 
 
 @contextmanager
-def _temporary(directory: int, data: bytes) -> Iterator[str]:
-    """A durable file under a name of its own, gone afterwards."""
+def _temporary(directory: int, data: bytes, *, durable: bool) -> Iterator[str]:
+    """A file under a name of its own, gone afterwards."""
     name = TEMPORARY + secrets.token_hex(8)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(name, flags, 0o644, dir_fd=directory)
     try:
         try:
             _write_all(fd, data)
-            os.fsync(fd)
+            if durable:
+                os.fsync(fd)
         finally:
             os.close(fd)
         yield name

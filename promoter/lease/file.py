@@ -8,6 +8,10 @@
 
 The highest epoch is the truth. A number is never freed for reuse: with every epoch there, a
 link to the next one can succeed only once, however old the view is that it was made from.
+
+Only epochs, requests and heartbeats go to stable storage. The rest tells of them, and who waits for
+a disk need not wait for that: an answer that a power cut has torn is none, and the lease says what
+became of the request.
 """
 
 from __future__ import annotations
@@ -106,9 +110,10 @@ class LeaseFile:
 
     def _list(self) -> int:
         """The newest epoch, when all before it are there too."""
+        pointed = self.beside.exists(self._pointer)  # first: an epoch is written before
         numbers = sorted(int(name) for name in self.epochs.names() if NUMBER.fullmatch(name))
         if not numbers:
-            self._expect(not self.beside.exists(self._pointer), "there is a lease but no epochs")
+            self._expect(not pointed, "there is a lease but no epochs")
             return 0
         self._expect(numbers == list(range(1, numbers[-1] + 1)), "epochs are missing")
         self.epochs.sweep()
@@ -146,7 +151,7 @@ class LeaseFile:
         if not self.epochs.put_if_absent(_name(record.epoch), data):
             return False
         with suppress(PromoterError):  # the epoch is the truth and is written
-            self.beside.replace(self._pointer, data)
+            self.beside.replace(self._pointer, data, durable=False)
         if self.ledger:
             self.ledger.wrote(self.disk, before, record)
         return True
@@ -185,16 +190,18 @@ class LeaseFile:
         return found
 
     def answer(self, ticket: int, answer: Answer) -> None:
-        self.queue.replace(f"{_name(ticket)}.answer", encode(answer))
+        self.queue.replace(f"{_name(ticket)}.answer", encode(answer), durable=False)
 
     def answer_to(self, asked: Asked) -> Answer | None:
         name = f"{_name(asked.ticket)}.answer"
-        data = self.queue.read(name)
-        answer = parse(Answer, data, name) if data else None
-        return answer if answer and answer.request == asked.request.id else None
+        with suppress(BadRecord):
+            data = self.queue.read(name)
+            answer = parse(Answer, data, name) if data else None
+            return answer if answer and answer.request == asked.request.id else None
+        return None
 
     def tell(self, work: Work) -> None:
-        self.epochs.replace(WORK, encode(work))
+        self.epochs.replace(WORK, encode(work), durable=False)
 
     def told(self) -> Work | None:
         data = self.epochs.read(WORK)

@@ -113,6 +113,7 @@ class LeasedRun:
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = False
         self._asked: asyncio.Queue[LeaseFile] = asyncio.Queue()
+        self._going: set[LeaseFile] = set()
         self._held: list[LeaseFile] = []
         self._since: dict[LeaseFile, float] = {}
         self._lent: dict[LeaseFile, tuple[Loan, Acquisition]] = {}
@@ -242,8 +243,9 @@ class LeasedRun:
             store = await self._followed(store)
             await self._tolerantly(store.disk, partial(self._alone, self._answer_all, store))
             await self._bring_back(store)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(bell.wait(), ANSWER_EVERY)
+            with suppress(TimeoutError):  # wait_for could lose a cancellation (CPython issue 86296)
+                async with asyncio.timeout(ANSWER_EVERY):
+                    await bell.wait()
 
     async def _followed(self, store: LeaseFile) -> LeaseFile:
         """The disk's lease, which an operation may have moved with the disk."""
@@ -269,6 +271,8 @@ class LeasedRun:
     def _answer_all(self, store: LeaseFile) -> None:
         waiting = store.requests()
         record = store.read() if waiting else None
+        if record and record.state is State.RELEASING and record.owner == self.owner:
+            self._go(store)  # it could not be told whether that was written
         for asked in waiting:
             before = self._said.get(asked.request.id)
             if record is None or (before and before.said in FINAL):
@@ -284,9 +288,15 @@ class LeasedRun:
                 if not store.compare_and_swap(record.epoch, going):
                     return
                 self.say("releasing", store.disk, f"to host {asked.request.requester.host}")
-                self._loop.call_soon_threadsafe(self._asked.put_nowait, store)
+                self._go(store)
                 record = going
             self._answer(store, asked, answer)
+
+    def _go(self, store: LeaseFile) -> None:
+        """Have the disk let go of, unless it is being."""
+        if store not in self._going:
+            self._going.add(store)
+            self._loop.call_soon_threadsafe(self._asked.put_nowait, store)
 
     def _work(self, store: LeaseFile, record: LeaseRecord) -> Work | None:
         """What an operation does to the disk, as it said last, while it is at work."""
@@ -340,6 +350,8 @@ class LeasedRun:
                 await self._keep(store, Said.BUSY, error.message)
             except PromoterError as error:
                 await self._keep(store, Said.REFUSED, error.message)
+            finally:
+                self._going.discard(store)
 
     def _is_releasing(self, store: LeaseFile) -> bool:
         record = store.read()
