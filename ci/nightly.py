@@ -21,9 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ci import report
+from ci.report import RESULTS, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / ".nightly"
 LONGEST = 80 * 60.0
 GRACE = 60.0  # for pytest to end its guests and write what it has
 FILES = {
@@ -36,9 +35,17 @@ FILES = {
 }
 ONLY = {"matrix-qemu": "not libvirt", "matrix-libvirt": "libvirt"}  # of their file's tests
 WHOLE = {"coverage"}  # its table is written only when every cell was tried in one run
-COMMANDS = {"test": ["ci/test"], "bench": ["ci/bench"]}
+TABLES = {
+    "bench-virsh": ["domains", "consolidate", "convergence"],
+    "bench-promote": ["load", "guest", "seeds", "growth", "chains", "pauses"],
+    "bench-others": ["handover", "unplug", "commands"],
+}
+COMMANDS = {
+    "test": ["ci/test"],
+    **{part: ["ci/bench", "--whole", *tables] for part, tables in TABLES.items()},
+}
 OTHERS = "others"
-PARTS = ("test", *FILES, OTHERS, "bench")
+PARTS = ("test", *FILES, OTHERS, *TABLES)
 
 
 def files(part: str) -> list[Path]:

@@ -1,7 +1,8 @@
-"""One HTML page, which needs no other file, of the JUnit files in a directory."""
+"""One HTML page, which needs no other file, of the JUnit files and benchmarks in a directory."""
 
 from __future__ import annotations
 
+import base64
 import html
 import platform
 import subprocess
@@ -12,6 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+from markdown_it import MarkdownIt
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / ".nightly"
+BENCHMARKS = "bench"  # where ci/bench leaves a table and its plot in there
 LINES = 8  # of a failure
 SLOWEST = 15
 STYLE = """
@@ -24,6 +30,7 @@ td, p { overflow-wrap: anywhere; }
 .n { white-space: nowrap; }
 .failed { color: #c62828; font-weight: bold; }
 .passed { color: #2e7d32; }
+img { max-width: 100%; background: white; }
 pre { font-size: 12px; background: #8882; padding: .6em; margin: .3em 0 1.2em;
       white-space: pre-wrap; overflow-wrap: anywhere; }
 """
@@ -101,8 +108,7 @@ def version_lines(tool: str | Path) -> list[str]:
 
 def versions() -> Iterator[tuple[str, str]]:
     yield "promoter, QEMU, libvirt", ", ".join(version_lines("promoter"))
-    beside = Path(__file__).resolve().parent.parent / ".qemu"
-    for tool in sorted(beside.glob("*/bin/qemu-img")):
+    for tool in sorted((ROOT / ".qemu").glob("*/bin/qemu-img")):
         yield f"QEMU of .qemu/{tool.parent.parent.name}", version_lines(tool)[0]
     yield "kernel", platform.release()
     yield "Python", platform.python_version()
@@ -128,7 +134,16 @@ def failures(found: list[Case]) -> Iterator[str]:
             )
 
 
-def page(found: list[Case]) -> str:
+def benchmarks(directory: Path) -> Iterator[str]:
+    """Each table with its plot."""
+    for table in sorted(directory.glob("*.md")):
+        plot = base64.b64encode(table.with_suffix(".svg").read_bytes()).decode()
+        yield f"<h2>{html.escape(table.stem)}</h2>"
+        yield MarkdownIt("js-default").render(table.read_text())
+        yield f'<img alt="" src="data:image/svg+xml;base64,{plot}">'
+
+
+def page(found: list[Case], measured: Path) -> str:
     count = Counter(case.outcome for case in found)
     verdict = "failed" if count["failed"] else "passed"
     reasons = Counter(case.why for case in found if case.outcome == "skipped")
@@ -147,6 +162,7 @@ def page(found: list[Case]) -> str:
         blocks += [*(row(number, why) for why, number in reasons.most_common()), "</table>"]
     blocks += ["<h2>Slowest</h2><table>"]
     blocks += [*(row(duration(case.seconds), case.name) for case in slowest), "</table>"]
+    blocks += benchmarks(measured)
     blocks += ["<h2>On</h2><table>", *(row(*version) for version in versions()), "</table>"]
     head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>promoter, nightly</title>'
     return f"{head}<style>{STYLE}</style>{''.join(blocks)}</html>\n"
@@ -155,4 +171,4 @@ def page(found: list[Case]) -> str:
 def write(results: Path) -> None:
     """Write `index.html` of the directory's JUnit files, beside them."""
     found = [case for junit in sorted(results.glob("*.xml")) for case in cases(junit)]
-    (results / "index.html").write_text(page(found))
+    (results / "index.html").write_text(page(found, results / BENCHMARKS))

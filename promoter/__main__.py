@@ -11,9 +11,9 @@ def main() -> None:
 
         sys.stdout.write(versions())
     else:
-        from promoter.cli.main import app
+        from promoter.cli import main as commands
 
-        app()
+        commands.main(sys.argv[1:])
 
 
 if __name__ == "__main__":

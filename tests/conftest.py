@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -79,6 +80,7 @@ class Reliability:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which ends the guests, too
     if not hasattr(config, "workerinput"):  # not in the workers of pytest -n
         config.pluginmanager.register(Coverage())
         config.pluginmanager.register(Reliability())

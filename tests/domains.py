@@ -74,8 +74,9 @@ BUSES = {Bus.VIRTIO: ("virtio", "vd"), Bus.SCSI: ("scsi", "sd"), Bus.SATA: ("sat
 class Libvirtd:
     """A libvirtd of its own, from entering the `with` block on; `uri` is for promoter."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, listen: str = "") -> None:
+        """`listen` are the lines of its configuration by which it can be reached over TCP."""
+        self.directory, self._listen = directory, listen
         # Not in the directory: a socket's path has at most 107 bytes.
         self._sockets = Path(tempfile.mkdtemp(prefix="libvirt-", dir="/tmp"))
         self.socket = self._sockets / "libvirt-sock"
@@ -84,8 +85,9 @@ class Libvirtd:
 
     def __enter__(self) -> Self:
         (self.directory / "qemu.conf").write_text(QEMU)
-        (self.directory / "libvirtd.conf").write_text(DAEMON.format(sockets=self._sockets))
-        self._holder = self._run("unshare", "--mount", "bash", "-c", ENTER)
+        config = DAEMON.format(sockets=self._sockets) + self._listen
+        (self.directory / "libvirtd.conf").write_text(config)
+        self._holder = self.run("unshare", "--mount", "bash", "-c", ENTER)
         wait_for(self._is_ready, "the mount namespace", 10)
         self.start()
         return self
@@ -107,7 +109,8 @@ class Libvirtd:
     def _is_ready(self) -> bool:
         return Path(f"/proc/{self._holder.pid}/comm").read_text() == "sleep\n"
 
-    def _run(self, *command: str) -> subprocess.Popen[bytes]:
+    def run(self, *command: str) -> subprocess.Popen[bytes]:
+        """A process that ends with the daemon's block; what it prints is in the log."""
         with (self.directory / "libvirtd.log").open("ab") as log:
             process = subprocess.Popen(
                 ("setpriv", "--pdeathsig", "KILL", *command),
@@ -122,8 +125,9 @@ class Libvirtd:
     def start(self) -> None:
         """Runs the daemon; it answers when this returns."""
         config = ("-f", str(self.directory / "libvirtd.conf"))
-        self._daemon = self._run(
-            *NICE, *self.enter, "libvirtd", *config, "-p", str(self._sockets / "pid")
+        self._daemon = self.run(
+            *(*NICE, *self.enter, "libvirtd", *config, "-p", str(self._sockets / "pid")),
+            *["--listen"] * bool(self._listen),
         )
         wait_for(self._answers, "libvirtd", 30)
 
@@ -134,9 +138,22 @@ class Libvirtd:
     @contextmanager
     def seeing(self, directory: Path, at: Path) -> Iterator[None]:
         """The daemon and its QEMUs see `directory` as `at`, which here is something else."""
-        subprocess.run([*self.enter, "mount", "--bind", directory, at], check=True)
+        self._mount("--bind", directory, at)
         yield
         subprocess.run([*self.enter, "umount", "--lazy", at], check=True)
+
+    @contextmanager
+    def small(self, directory: Path, size: str) -> Iterator[None]:
+        """The daemon and its QEMUs have a file system of this size there."""
+        self._mount("-t", "tmpfs", "-o", f"size={size}", "none", directory)
+        yield
+        subprocess.run([*self.enter, "umount", "--lazy", directory], check=True)
+
+    def grow(self, directory: Path, size: str) -> None:
+        self._mount("-o", f"remount,size={size}", directory)
+
+    def _mount(self, *words: object) -> None:
+        subprocess.run([*self.enter, "mount", *map(str, words)], check=True)
 
     @property
     def pid(self) -> int:

@@ -62,6 +62,13 @@ IN_A_VERIFICATION: dict[str, tuple[Any, str, bool]] = {
     "begun": (QmpGuest, "show_view", False),
     "compared": (images, "compare", False),
 }
+IN_AN_UNDO: dict[str, tuple[Any, str, bool]] = {
+    "delta made": (images, "create", False),
+    "delta found": (images, "rebase", False),
+    "brought back": (images, "commit", False),
+    "put back": (Names, "put_back", False),
+}
+PLACES = INSIDE | AT_A_START | IN_A_LEASE | IN_A_VERIFICATION | IN_AN_UNDO
 POINTS = (*(f"before {do.name}" for do in STEPS), *INSIDE, "after TIDY")
 
 
@@ -112,7 +119,7 @@ def install(point: str, hit: Callable[[], None]) -> None:
         os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
         suspended.__name__ = struck_suspended.__name__
         return
-    if inside := (INSIDE | AT_A_START | IN_A_LEASE | IN_A_VERIFICATION).get(point):
+    if inside := PLACES.get(point):
         owner, name, before = inside
         setattr(owner, name, striking(getattr(owner, name), hit, before=before))
         return

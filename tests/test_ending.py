@@ -13,6 +13,7 @@ import pytest
 
 from promoter.operations import ending
 from promoter.operations.journal import Journal, OperationStatus
+from tests.vm import wait_for
 
 EVENT = {"event": "error", "exit_code": 5, "message": "full"}
 
@@ -44,8 +45,14 @@ def test_a_hook_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.M
     pid = tmp_path / "pid"
     failure, _ = tell(tmp_path, "sh", "-c", f"sleep 100 & echo $! > {pid}; wait")
     assert "was not done" in failure
-    child = Path(f"/proc/{pid.read_text().strip()}/stat")
-    assert not child.exists() or child.read_text().split()[2] == "Z"
+    wait_for(lambda: ended(int(pid.read_text())), "the hook's child to end", 5)
+
+
+def ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def test_the_journal_is_told_how_grave_a_line_is(tmp_path: Path) -> None:

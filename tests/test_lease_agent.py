@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 from hypothesis import given, settings
@@ -31,9 +32,10 @@ from promoter.lease import certificates, claim, rules
 from promoter.lease.agent import MOST_FROM_ONE_ADDRESS, MOST_REQUESTS, wake
 from promoter.lease.bell import PATH
 from promoter.lease.credentials import Credentials, Untrusted, parse_endpoint, peer_of
-from promoter.lease.file import LeaseFile
+from promoter.lease.file import LeaseFile, hosts_of
 from promoter.lease.host import Host, agent_directory, this_host
 from promoter.lease.ledger import MOST_REFUSALS
+from promoter.lease.liveness import BEAT_EVERY
 from promoter.lease.record import (
     LARGEST,
     Answer,
@@ -385,6 +387,71 @@ def test_what_became_of_a_request_is_told_to_who_has_sent_it(
     assert status(told) == 200
     body = told.partition(b"\r\n\r\n")[2]
     assert parse(Answer, body, "the answer").said is Said.RELEASED
+
+
+# --- what is counted ---------------------------------------------------------------------------
+
+
+def test_prometheus_is_told_what_the_agent_has_seen(
+    hosts: Hosts, disk: Path, tmp_path: Path
+) -> None:
+    """By who has the role, whom it serves as any TLS client, and by nobody else."""
+    a, b = hosts
+    watcher = LeasingHost(tmp_path, "prometheus")
+    certify(tmp_path / "ca", watcher.state, roles=[Role.METRICS])
+    certify_again(tmp_path / "ca", b.state, [Role.REQUEST])
+    running = exported(disk, a, tmp_path)
+    with agent(a.state):
+        assert exchange(address_of(a.state), client(b.state), poll("/metrics")).split()[1] == b"403"
+        assert any("host-b lacks the role metrics" in why for why in refusals(a.state))
+        asked = signed(watcher.state, disk)
+        LeaseFile(disk).ask(asked)
+        body = encode(asked)
+        path = f"{PATH}/{record(disk).disk.uuid}?wait=0"
+        assert status(exchange(address_of(a.state), client(watcher.state), post(path, body))) == 403
+        pool = f'promoter_heartbeat_age_seconds{{pool="{disk.parent}"}}'
+        wait_for(lambda: pool in metrics(a.state, watcher.state), "a heartbeat", 30)
+        before = metrics(a.state, watcher.state)
+        assert before["promoter_leases_held"] == 1
+        assert before["promoter_refusals_total"] == 2
+        assert before['promoter_release_requests_total{outcome="refused"}'] == 1
+        assert b.lease("acquire", disk, "--timeout", 60).code == 0
+        after = metrics(a.state, watcher.state)
+    running.end()
+    assert after["promoter_leases_held"] == 0
+    assert after['promoter_release_requests_total{outcome="released"}'] == 1
+    assert after["promoter_handover_seconds_count"] == 1
+    assert 0 < after["promoter_handover_seconds_sum"] < 60
+
+
+def test_a_heart_that_stands_still_is_seen_in_the_metrics(
+    hosts: Hosts, disk: Path, tmp_path: Path
+) -> None:
+    a, b = hosts
+    assert a.lease("acquire", disk).code == 0
+    pool = f'promoter_heartbeat_age_seconds{{pool="{disk.parent}"}}'
+    with agent(a.state):
+        wait_for(lambda: pool in metrics(a.state, b.state), "a heartbeat", 30)
+        hosts_of(disk.parent).path.rename(tmp_path / "gone")
+        hosts_of(disk.parent).path.write_text("in its way")
+        wait_for(lambda: metrics(a.state, b.state)[pool] > BEAT_EVERY + 1, "it to stand still", 30)
+
+
+def metrics(state: Path, watcher: Path) -> dict[str, float]:
+    """As curl or Prometheus asks, which check the address."""
+    directory = agent_directory(watcher)
+    context = ssl.create_default_context(cafile=str(directory / "ca.pem"))
+    context.load_cert_chain(directory / "host.pem", directory / "host.key")
+    url = f"https://{this_host(state).endpoint}/metrics"
+    with urlopen(url, timeout=30, context=context) as answer:
+        text = answer.read().decode()
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+def certify_again(authority: Path, state: Path, roles: list[Role]) -> None:
+    shutil.rmtree(agent_directory(state))
+    certify(authority, state, roles=roles)
 
 
 # --- nothing but refusals ----------------------------------------------------------------------

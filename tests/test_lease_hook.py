@@ -79,6 +79,45 @@ def test_a_domain_starts_only_where_its_disks_can_be_had(
     assert steps == ["held", "held", "free", "free"]
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("point", ["", "pivoted"])
+def test_a_domains_lease_follows_its_disk_and_is_freed_where_it_is(
+    hosts: tuple[LibvirtHost, LibvirtHost], tmp_path: Path, point: str
+) -> None:
+    """Also when promoter and its worker are killed half-way, and the domain ends."""
+    a, b = hosts
+    disk = linked_clone(base(), tmp_path / "root.qcow2")
+    with Domain(a.libvirtd, tmp_path, [Disk(disk)]) as domain:
+        domain.wait_for_acks(10)
+        words = ["promote", *domain.address, "--json"]
+        if point:
+            command = (point, "itself promoter", 0, *words)
+            struck = start(a.state, *command, module="tests.struck")
+            assert ended(struck, 120).code == -signal.SIGKILL
+            (target,) = tmp_path.glob("root.promoted-*.qcow2")
+        else:
+            done = ended(start(a.state, *words), 120)
+            assert done.code == 0, done
+            target = Path(done.result["disks"][0]["target"])
+            assert record(target).state is State.HELD
+        domain.kill()
+        wait_for(partial(_is_elsewhere, disk, target), "the old lease to say where it is", 60)
+        assert b.lease("acquire", disk).code == 4
+        wait_for(partial(_is_free, target), "it to be freed", 60)
+        if point:
+            resumed = ended(start(a.state, "job", "resume", "--json"), 120)
+            assert resumed.code == 0, resumed
+            assert domain.next_boot() == [str(target)]
+    assert record(target).state is State.FREE
+    assert b.lease("acquire", target).code == 0
+
+
+def _is_elsewhere(disk: Path, target: Path) -> bool:
+    now = LeaseFile(disk).read_any()
+    assert now
+    return (now.state, now.elsewhere) == (State.FREE, str(target))
+
+
 def _is_free(disk: Path) -> bool:
     return record(disk).state is State.FREE
 

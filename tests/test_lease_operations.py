@@ -166,6 +166,32 @@ def test_a_leased_disk_is_snapshotted_consolidated_and_promoted_and_its_lease_fo
     leased.passes_to_the_other_host()
 
 
+def test_a_leased_promotion_is_undone_under_the_lease(leased: Leased) -> None:
+    register_lease(leased.base)
+    leased.boot()
+    done = leased.perform("promote")
+    assert done.code == 0, done
+    leased.write(20)
+    assert record(leased.base).readers == ()
+    os.kill(leased.qemu(), signal.SIGTERM)
+    assert leased.running.end(60).code == 0
+    undo = ("job", "undo", done.result["id"], "--json")
+    alone = ended(start(leased.a.state, *undo))
+    assert (alone.code, alone.result["error"]) == (4, "Refused"), alone
+    assert "promoter run" in alone.result["hint"]
+    elsewhere = leased.b.run(leased.disk, "never", "promoter", *undo).end()
+    assert elsewhere.code == 4, "its journal does not know the operation"
+    undone = leased.a.run(leased.disk, "never", "promoter", *undo).end()
+    assert undone.code == 0, undone
+    now = record(leased.disk)
+    assert (now.state, now.operation, now.alternate) == (State.FREE, None, None)
+    assert leased.names_its_file()
+    assert record(leased.base).readers == (str(leased.disk),)
+    assert "backing file" in qemu_img("info", leased.disk)
+    leased.boot()
+    leased.passes_to_the_other_host()
+
+
 def test_who_asks_for_a_disk_that_is_worked_on_hears_that_it_is_busy(leased: Leased) -> None:
     leased.boot()
     working = leased.start("promote", "--speed", "5M")
@@ -230,9 +256,12 @@ def test_a_disk_whose_lease_is_elsewhere_is_refused_and_unchanged(
     assert "lease request" in other.result["hint"]
     dry = leased.perform("snapshot", "--dry-run", host=leased.b)
     assert dry.code == 10
-    away = leased.perform("promote", "--target", tmp_path / "away.qcow2")
+    target = blank(tmp_path / "away.qcow2", 1 << 20)
+    assert leased.b.lease("acquire", target).code == 0
+    target.unlink()
+    away = leased.perform("promote", "--target", target)
     assert (away.code, away.result["error"]) == (4, "Refused"), away
-    assert "does not follow" in away.result["message"]
+    assert "has a lease already: held by host host-b" in away.result["message"]
     newest = leased.disk.with_name(f"{leased.disk.name}.lease.d") / f"{before[0].epoch:08}"
     whole = newest.read_bytes()
     newest.chmod(0o644)
@@ -365,6 +394,147 @@ def test_a_domains_disk_is_taken_off_the_readers_and_its_own_lease_does_not_foll
         refused = ended(start(a.state, "snapshot", *domain.address, "--json"))
         assert (refused.code, refused.result["error"]) == (4, "Refused"), refused
         assert "does not follow" in refused.result["message"]
+
+
+# --- to another path ---------------------------------------------------------------------------
+
+
+class Moving(Leased):
+    """Its disk is promoted to a path in another directory."""
+
+    def __init__(self, directory: Path, hosts: Hosts) -> None:
+        super().__init__(directory, hosts)
+        (directory / "elsewhere").mkdir()
+        self.home = self.disk
+        self.target = directory / "elsewhere" / "web.qcow2"
+        register_lease(self.base)
+
+    def says(self, disk: Path) -> tuple[State, bool, str | None]:
+        """Of a file's lease: its state, does an operation work, and where is the disk instead?"""
+        now = LeaseFile(disk).read_any()
+        assert now
+        return now.state, now.operation is not None, now.elsewhere
+
+    def follow(self) -> None:
+        """The disk is at the target, under a lease there, and yesterday's is nobody's."""
+        wait_for(self._has_followed, "the lease to be the target's", 20)
+        self.disk = self.target
+        assert at_rest(record(self.target), "host-a")
+        refused = self.b.lease("acquire", self.home)
+        assert (refused.code, refused.result["error"]) == (4, "Refused"), refused
+        assert f"it is {self.target}" in refused.result["message"]
+        shown = self.b.lease("show", self.home)
+        assert shown.result["lease"]["elsewhere"] == str(self.target)
+        assert not record(self.base).readers
+
+    def _has_followed(self) -> bool:
+        return self.says(self.home) == (State.FREE, False, str(self.target))
+
+
+@pytest.fixture
+def moving(tmp_path: Path, hosts: Hosts) -> Iterator[Moving]:
+    made = Moving(tmp_path, hosts)
+    yield made
+    made.close()
+
+
+def test_a_lease_follows_its_disk_to_another_path(moving: Moving) -> None:
+    """There the disk is asked for, let go, and has every record; on its old path it is no more."""
+    moving.boot()
+    done = moving.perform("promote", "--target", moving.target)
+    assert done.code == 0, done
+    moving.follow()
+    moving.write(20)
+    again = moving.perform("snapshot")
+    assert again.code == 0, again
+    moving.write(20)
+    moving.passes_to_the_other_host()
+
+
+MOVES = ("joined", "announced", "drained", "renamed", "before TIDY", "after TIDY", "left")
+
+
+@pytest.mark.parametrize(
+    "point", [pytest.param(p, marks=() if p == "renamed" else pytest.mark.nightly) for p in MOVES]
+)
+def test_wherever_promoter_is_killed_on_the_way_to_another_path_the_lease_follows(
+    moving: Moving, point: str
+) -> None:
+    moving.boot()
+    moving.strike(point, "promote", "--target", moving.target)
+    moving.write(20)
+    resumed = moving.resume()
+    assert resumed.code == 0, resumed
+    moving.follow()
+    moving.write(20)
+    moving.passes_to_the_other_host()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("point", ["drained", "renamed", "after TIDY"])
+def test_without_a_resume_a_disk_is_asked_for_where_it_is(moving: Moving, point: str) -> None:
+    """Its guest's `promoter run` sees by itself whether it has moved; a resume harms nobody."""
+    moving.boot()
+    moving.strike(point, "promote", "--target", moving.target)
+    there = moving.target if not moving.home.is_file() else moving.home
+    wait_for(lambda: LeaseFile(there).read() is not None, "the guard to be done", 20)
+    there = moving.disk = moving.target if not moving.home.is_file() else moving.home
+    assert (there == moving.home) is (point == "drained")
+    moving.write(20)
+    moving.passes_to_the_other_host()
+    moving.resume()
+    assert record(there).state is State.FREE
+    other = moving.target if there == moving.home else moving.home
+    assert moving.says(other) == (State.FREE, False, str(there))
+    assert moving.b.lease("acquire", there).code == 0
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("point", ["announced", "renamed"])
+def test_which_of_two_files_is_the_disk_is_settled_before_either_is_run(
+    moving: Moving, point: str
+) -> None:
+    """promoter, the guest and its `promoter run` are killed as the disk was being moved."""
+    moving.boot()
+    pid = moving.qemu()
+    moving.running.process.send_signal(signal.SIGSTOP)  # or it would see its guest end
+    command = (point, "both", pid, "promote", moving.vm.monitor, "--target", moving.target)
+    struck = ended(start(moving.a.state, *command, "--json", module="tests.struck"), 120)
+    assert struck.code == -signal.SIGKILL, struck
+    moving.running.process.kill()
+    moving.running.end()
+    for path in (moving.home, moving.target):
+        ran = moving.a.run(path, "never", "true").end()
+        assert ran.code == 4, ran
+    resumed = moving.resume()
+    there = moving.target if point == "renamed" else moving.home
+    assert moving.says(there) == (State.HELD, False, None), resumed
+    assert moving.a.run(there, "never", "true").end().code == 0
+    records.check(there, None, moving.vm.log).raise_if_bad()
+
+
+@pytest.mark.nightly
+def test_a_disk_that_did_not_move_keeps_its_lease_and_may_move_there_later(moving: Moving) -> None:
+    """The guest dies before the switch."""
+    moving.boot()
+    pid = moving.qemu()
+    words = ("before SWITCH_OVER", "hang", pid, "promote", moving.vm.monitor)
+    hanging = start(
+        moving.a.state, *words, "--target", moving.target, "--json", module="tests.struck"
+    )
+    os.waitid(os.P_PID, hanging.pid, os.WSTOPPED | os.WNOWAIT)
+    assert moving.says(moving.target) == (State.HELD, True, str(moving.home))
+    assert moving.b.lease("acquire", moving.target, "--timeout", 2).code == 10
+    os.kill(pid, signal.SIGKILL)
+    os.kill(hanging.pid, signal.SIGCONT)
+    assert ended(hanging, 120).code == 3
+    assert not said(moving.running.end(60), "moved")
+    assert moving.says(moving.home) == (State.FREE, False, None)
+    assert moving.says(moving.target) == (State.FREE, False, str(moving.home))
+    moving.boot()
+    again = moving.perform("promote", "--target", moving.target)
+    assert again.code == 0, again
+    moving.follow()
 
 
 # --- whatever is killed --------------------------------------------------------------------------

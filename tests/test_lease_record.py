@@ -44,6 +44,7 @@ from promoter.lease.rules import (
     Policy,
     Step,
     Storage,
+    Unsettled,
 )
 
 DISK = DiskIdentity("d1", 7, 42)
@@ -60,6 +61,8 @@ GRANT = Grant(TWO.host, "r1", 30)
 OPERATION = Operation("op1", "promote", "/state/op1.lock")
 OTHER_FILE = DiskIdentity("d1", 7, 43)
 WORKED_ON = rules.work(HELD, ONE.host, OPERATION, STAMP, OTHER_FILE)
+MOVING = rules.work(HELD, ONE.host, OPERATION, STAMP, elsewhere="/vm/new")
+MOVED_IN = rules.move_in(None, OTHER_FILE, MOVING, "/vm/old", STAMP)
 ACTS: dict[Step, Callable[[LeaseRecord], LeaseRecord]] = {
     Step.CLAIM: lambda record: rules.claim(record, TWO, STAMP),
     Step.RESUME: lambda record: rules.resume(
@@ -75,7 +78,13 @@ ACTS: dict[Step, Callable[[LeaseRecord], LeaseRecord]] = {
     Step.BREAK: lambda record: rules.break_lease(record, record.epoch, Lock.FREE, "why", STAMP),
     Step.READERS: lambda record: rules.add_reader(record, ONE.host, "/vm/clone", STAMP),
     Step.WORK: lambda record: rules.work(record, ONE.host, OPERATION, STAMP, OTHER_FILE),
+    Step.MOVE_IN: lambda record: rules.move_in(record, OTHER_FILE, MOVING, "/vm/old", STAMP),
+    Step.MOVED: lambda record: rules.moved(moving(record), ONE.host, STAMP),
 }
+
+
+def moving(record: LeaseRecord) -> LeaseRecord:
+    return replace(record, operation=OPERATION, elsewhere="/vm/new") if record.owner else record
 
 
 @pytest.mark.parametrize("state", State)
@@ -112,6 +121,10 @@ def test_a_step_leads_where_the_table_says_or_changes_nothing(state: State, step
         lambda: rules.work(HELD, TWO.host, OPERATION, STAMP),
         lambda: rules.work(RELEASING, ONE.host, OPERATION, STAMP),
         lambda: rules.work(WORKED_ON, ONE.host, replace(OPERATION, id="op2"), STAMP),
+        lambda: rules.work(MOVING, ONE.host, replace(OPERATION, id="op2"), STAMP),
+        lambda: rules.move_in(None, OTHER_FILE, HELD, "/vm/old", STAMP),
+        lambda: rules.moved(HELD, ONE.host, STAMP),
+        lambda: rules.moved(MOVING, TWO.host, STAMP),
         lambda: rules.work_done(WORKED_ON, TWO.host, "op1", STAMP),
         lambda: rules.work_done(WORKED_ON, ONE.host, "op2", STAMP),
         lambda: rules.work_done(HELD, ONE.host, "op1", STAMP),
@@ -155,6 +168,41 @@ def test_while_an_operation_works_the_lease_is_about_either_file_and_then_about_
         assert (after.operation, after.disk, after.alternate) == (None, OTHER_FILE, None)
     done = rules.work_done(releasing, ONE.host, "op1", STAMP)
     assert (done.state, done.request, done.operation) == (State.RELEASING, "r1", None)
+
+
+@pytest.mark.parametrize("half", [MOVING, MOVED_IN])
+def test_while_a_disk_moves_nobody_takes_either_file_for_it(half: LeaseRecord) -> None:
+    evidence = replace(DEAD, epoch=half.epoch, fenced=True)
+    releasing = rules.release(half, ONE.host, "r1", STAMP)
+    acts: tuple[Callable[[], LeaseRecord], ...] = (
+        lambda: rules.take_over(half, TWO, evidence, STAMP),
+        lambda: rules.resume(half, ONE, STAMP, process_alive=False, lock=Lock.FREE),
+        lambda: rules.free(half, ONE.host, CLOSED, STAMP),
+        lambda: rules.lend(releasing, ONE.host, CLOSED, GRANT, STAMP),
+    )
+    for act in acts:
+        with pytest.raises(Unsettled, match="it is this file or /vm/"):
+            act()
+    assert releasing.elsewhere == half.elsewhere
+    here = replace(CLOSED, here=True)
+    for settled in (
+        rules.free(half, ONE.host, here, STAMP),
+        rules.work_done(half, ONE.host, "op1", STAMP),
+        rules.break_lease(half, half.epoch, Lock.FREE, "why", STAMP),
+    ):
+        assert (settled.operation, settled.elsewhere) == (None, None)
+
+
+def test_what_was_moved_is_had_elsewhere_alone() -> None:
+    assert (MOVED_IN.disk, MOVED_IN.owner, MOVED_IN.elsewhere) == (OTHER_FILE, ONE, "/vm/old")
+    gone = rules.moved(MOVING, ONE.host, STAMP)
+    assert (gone.state, gone.owner, gone.elsewhere) == (State.FREE, None, "/vm/new")
+    with pytest.raises(Illegal, match="the disk is /vm/new now"):
+        rules.claim(gone, TWO, STAMP, unchanged=1e6)
+    back = rules.move_in(gone, DISK, MOVING, "/vm/other", STAMP)
+    assert (back.state, back.elsewhere, back.epoch) == (State.HELD, "/vm/other", gone.epoch + 1)
+    broken = rules.break_lease(gone, gone.epoch, Lock.FREE, "it is wanted as it was", STAMP)
+    assert rules.claim(broken, TWO, STAMP).owner == TWO
 
 
 def test_a_grant_keeps_others_away_until_it_lapses() -> None:

@@ -8,6 +8,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -18,6 +19,7 @@ import libvirt_qemu
 import pytest
 
 from promoter.guests.bugs import loses_writes_at_start
+from promoter.operations.suspended import LONGEST_ABSENCE
 from tests import records
 from tests.cli import Ran, ended, promoter, start
 from tests.domains import Domain, Libvirtd
@@ -30,6 +32,7 @@ from tests.vm import (
     linked_clone,
     other_qemu,
     qemu_img,
+    wait_for,
 )
 
 
@@ -278,6 +281,56 @@ def name_backing_file(image: Path, name: str) -> None:
         file.write(struct.pack(">I", len(name)))
         file.seek(offset)
         file.write(name.encode())
+
+
+def test_a_managed_save_image_beside_a_running_domain_is_refused(case: Case) -> None:
+    """libvirtd finds it when it starts."""
+    with case.domain as domain:
+        saved = Path(f"/proc/{case.libvirtd.pid}/root/var/lib/libvirt/qemu/save/web01.save")
+        saved.touch()
+        os.kill(case.libvirtd.pid, signal.SIGKILL)
+        case.libvirtd.restart()
+        promoted = promoter(case.state, "promote", *domain.address)
+        assert promoted.code == 4, promoted
+        assert "web01 has a managed-save image" in promoted.err
+        assert "virsh managedsave-remove web01" in promoted.err
+        domain.domain.managedSaveRemove(0)
+        assert domain.files() == [str(case.clone)]
+
+
+def test_a_disk_on_the_network_is_refused(case: Case, tmp_path: Path) -> None:
+    disk = linked_clone(blank(tmp_path / "below.img", MIB), tmp_path / "far.img")
+    with tempfile.TemporaryDirectory(dir="/tmp") as short, case.domain as domain:
+        at = Path(short) / "nbd"
+        serve = ["setpriv", "--pdeathsig", "KILL", "qemu-nbd", "--persistent", "-f", "raw"]
+        with subprocess.Popen([*serve, "-k", at, disk]) as server:
+            wait_for(at.exists, "qemu-nbd", 10)
+            domain.domain.attachDevice(
+                f"""<disk type="network" device="disk"><driver name="qemu" type="qcow2"/>
+                <source protocol="nbd"><host transport="unix" socket="{at}"/></source>
+                <target dev="vdb" bus="virtio"/></disk>"""
+            )
+            promoted = promoter(case.state, "promote", *domain.address, "vdb")
+            assert promoted.code == 4, promoted
+            assert "vdb: its active layer" in promoted.err
+            assert "is not a local file" in promoted.err
+            domain.kill()
+            server.kill()
+
+
+@pytest.mark.nightly
+def test_a_libvirtd_that_stays_away_leaves_it_for_resume(case: Case) -> None:
+    with case.domain as domain:
+        domain.wait_for_acks(60)
+        promoting = case.strike("before AWAIT_READY", "libvirtd", "--speed", "20M")
+        left = ended(promoting, LONGEST_ABSENCE + 60)
+        assert left.code == 9, left
+        assert "promoter job resume" in left.result["hint"]
+        case.libvirtd.restart()
+        domain.wait_for_acks(20)
+        resumed = case.resume()
+        assert resumed.code == 0, resumed
+        case.prove(promoted=True)
 
 
 def test_a_transient_domain_is_promoted_and_stays_transient(case: Case) -> None:

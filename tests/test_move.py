@@ -28,6 +28,7 @@ from promoter.operations.move import (
     Do,
     Failure,
     Job,
+    Kind,
     Move,
     Seen,
     Target,
@@ -210,6 +211,32 @@ def test_a_guest_that_we_stopped_is_continued_before_anything_else(way: Way) -> 
         assert decide(stopped, Seen(alive=True, disks=(disk,))) == Action(Do.CONTINUE)
         dead = Seen(alive=False, disks=(after_death(disk),))
         assert decide(stopped, dead) == decide(promotion(way), dead)
+
+
+@pytest.mark.parametrize("failure", [None, Failure.NO_SPACE])
+def test_an_undo_goes_back_with_one_disk_after_the_other_and_does_no_more(
+    failure: Failure | None,
+) -> None:
+    some = every_disk(Way.MIRROR, changed=False)[::7]
+    for first, second in itertools.product(some, some[::5]):
+        intent = replace(promotion(Way.MIRROR, 2, failure), kind=Kind.UNDO)
+        names = [first.named, second.named]
+        for alive, tidied in itertools.product(BOOL, BOOL):
+            found = replace(intent, tidied=tidied)
+            action = decide(found, Seen(alive=alive, disks=(first, second)))
+            match action.do:
+                case Do.GO_BACK:
+                    assert action.disk is not None
+                    assert names[action.disk] is Named.NEW
+                    assert failure is None
+                case Do.GIVE_UP:
+                    assert Named.NEW in names
+                    assert failure
+                case Do.STUCK:
+                    assert Named.UNKNOWN in names
+                case _:
+                    assert names == [Named.OLD, Named.OLD]
+                    assert action.do is (Do.DONE if tidied else Do.TIDY)
 
 
 @pytest.mark.parametrize("failure", [None, *Failure])

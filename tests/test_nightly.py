@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from collections import Counter
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ci import nightly, report
+from ci.benchmarks.__main__ import TABLES
 from tests.vm import ROOT
 
 FALLEN = """<testsuites><testsuite>
@@ -26,6 +28,11 @@ def test_every_file_of_tests_is_in_one_part_of_the_nightly() -> None:
     every = Counter((ROOT / "tests").glob("test_*.py"))
     assert chosen == every + Counter(shared)
     assert set(nightly.ONLY.values()) == {"libvirt", "not libvirt"}, "each test is in one of them"
+
+
+def test_every_benchmark_is_in_one_part_of_the_nightly() -> None:
+    chosen = [table for part in nightly.TABLES.values() for table in part]
+    assert sorted(chosen) == sorted(TABLES)
 
 
 @pytest.mark.parametrize("part", [*nightly.FILES, nightly.OTHERS])
@@ -52,13 +59,26 @@ def test_the_page_names_what_fell_and_why_and_what_was_skipped(tmp_path: Path) -
     assert "0 passed, 1 failed, 1 skipped" in page
 
 
+def test_the_page_shows_each_benchmark_with_its_plot(tmp_path: Path) -> None:
+    measured = tmp_path / report.BENCHMARKS
+    measured.mkdir()
+    (measured / "load.md").write_text("|  | time, s |\n| --- | --- |\n| <b> | 2.00 |\n")
+    (measured / "load.svg").write_text("<svg/>")
+    report.write(tmp_path)
+    page = (tmp_path / "index.html").read_text()
+    assert "<h2>load</h2><table>" in page
+    assert "<td>2.00</td>" in page
+    assert "<b>" not in page
+    assert base64.b64encode(b"<svg/>").decode() in page
+
+
 def test_a_part_that_does_not_pass_is_on_the_page_and_the_next_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nightly, "RESULTS", tmp_path)
-    commands = {"test": ["sh", "-c", "echo no linter; exit 3"], "bench": ["true"]}
+    commands = {"test": ["sh", "-c", "echo no linter; exit 3"], "bench-others": ["true"]}
     monkeypatch.setattr(nightly, "COMMANDS", commands)
-    assert nightly.main(["test", "bench"]) == 1
+    assert nightly.main(["test", "bench-others"]) == 1
     page = (tmp_path / "index.html").read_text()
     assert "1 passed, 1 failed" in page
     assert "exit code 3\nno linter" in page
@@ -68,7 +88,7 @@ def test_a_part_that_takes_too_long_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nightly, "RESULTS", tmp_path)
-    monkeypatch.setattr(nightly, "COMMANDS", {"bench": ["sleep", "60"]})
+    monkeypatch.setattr(nightly, "COMMANDS", {"bench-others": ["sleep", "60"]})
     monkeypatch.setattr(nightly, "LONGEST", 0.2)
-    assert nightly.main(["bench"]) == 1
+    assert nightly.main(["bench-others"]) == 1
     assert "it took too long" in (tmp_path / "index.html").read_text()

@@ -1,108 +1,34 @@
-"""Domains of another host: libvirt answers, but no file of theirs is seen from here.
+"""Domains of another host, over ssh: libvirt answers, but no file of theirs is seen from here."""
 
-The host is a libvirtd to which a directory is another one than here, where files of the same
-names have other contents; it answers over a relay, as over ssh.
-"""
-
+import os
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from promoter.operations.journal import Journal, OperationStatus
 from promoter.operations.move import Move
+from promoter.operations.suspended import LONGEST_ABSENCE
 from promoter.values import from_json
-from tests import records
 from tests.cli import Ran, ended, promoter, start
-from tests.domains import Domain, Libvirtd
-from tests.vm import Disk, base, qemu_img, wait_for
-
-RELAY = """#!{python}
-import os, socket, threading
-
-libvirtd = socket.socket(socket.AF_UNIX)
-libvirtd.connect("{socket}")
-
-def answer():
-    while data := libvirtd.recv(1 << 16):
-        os.write(1, data)
-
-threading.Thread(target=answer, daemon=True).start()
-while data := os.read(0, 1 << 16):
-    libvirtd.sendall(data)
-"""
-DECOY = "not that host's"
+from tests.domains import Libvirtd
+from tests.elsewhere import Elsewhere, Pki, Sshd, free_port, listens, ssh_of
+from tests.vm import qemu_img, wait_for
 
 
-class Elsewhere:
-    """A domain on a host whose ``there`` is ``here`` to it."""
-
-    def __init__(self, libvirtd: Libvirtd, directory: Path) -> None:
-        self.libvirtd, self.state = libvirtd, directory / "state"
-        self.here, self.there = directory / "images", directory / "there"
-        self.here.mkdir()
-        self.there.mkdir()
-        self.clone = self.here / "clone.qcow2"
-        qemu_img("convert", "-O", "qcow2", base(), self.there / "base.qcow2")
-        layers = ("-b", "base.qcow2", "-F", "qcow2", self.there / self.clone.name)
-        qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", *layers)
-        for file in self.there.iterdir():
-            (self.here / file.name).write_text(DECOY)
-        relay = directory / "relay"
-        relay.write_text(RELAY.format(python=sys.executable, socket=libvirtd.socket))
-        relay.chmod(0o755)
-        self.uri = f"qemu+ext://elsewhere/system?command={relay}"
-        self.domain = Domain(libvirtd, directory, [Disk(self.clone)])
-
-    @contextmanager
-    def running(self) -> Iterator[Domain]:
-        with self.libvirtd.seeing(self.there, self.here), self.domain as domain:
-            domain.wait_for_acks(40)
-            yield domain
-
-    @contextmanager
-    def pool(self) -> Iterator[None]:
-        xml = f"<pool type='dir'><name>elsewhere</name><target><path>{self.here}</path></target>"
-        with self.libvirtd.connect() as connection:
-            made = connection.storagePoolCreateXML(f"{xml}</pool>")
-            yield
-            made.destroy()
-
-    def run(self, command: object, *words: object) -> Ran:
-        return promoter(self.state, command, "web01", *words, "-c", self.uri, "--json")
-
-    def strike(self, point: str, whom: str, *words: str) -> subprocess.Popen[str]:
-        promote = ("promote", "web01", *words, "-c", self.uri, "--json")
-        return start(self.state, point, whom, self.libvirtd.pid, *promote, module="tests.struck")
-
-    def files(self) -> set[str]:
-        return {file.name for file in self.there.iterdir()}
-
-    def prove(self, *, promoted: bool, left: int = 0) -> None:
-        """The next boot is that of the true disk, nothing was lost and no file here was touched."""
-        self.domain.wait_for_acks(40)
-        assert self.domain.next_boot() == self.domain.files()
-        self.domain.kill()
-        self.domain.start()
-        self.domain.wait_for_acks(40)
-        self.domain.kill()
-        (name,) = self.domain.next_boot()
-        assert (Path(name) == self.clone) is not promoted
-        disk = self.there / Path(name).name
-        assert ("backing file" in qemu_img("info", disk)) is not promoted
-        records.check(disk, disk.suffix[1:], self.domain.log).raise_if_bad()
-        assert len(self.files()) == 2 + promoted + left
-        assert {file.name for file in self.here.iterdir()} == {"base.qcow2", "clone.qcow2"}
-        assert all(file.read_text() == DECOY for file in self.here.iterdir())
+@pytest.fixture(scope="session")
+def sshd(libvirtd: Libvirtd, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
+    server = Sshd(libvirtd, tmp_path_factory.mktemp("sshd"))
+    server.start()
+    yield server
 
 
 @pytest.fixture
-def elsewhere(libvirtd: Libvirtd, tmp_path: Path) -> Elsewhere:
-    return Elsewhere(libvirtd, tmp_path)
+def elsewhere(libvirtd: Libvirtd, sshd: Sshd, tmp_path: Path) -> Elsewhere:
+    return Elsewhere(libvirtd, tmp_path, sshd.uri())
 
 
 def test_a_domain_of_another_host_is_promoted_there(elsewhere: Elsewhere) -> None:
@@ -115,6 +41,7 @@ def test_a_domain_of_another_host_is_promoted_there(elsewhere: Elsewhere) -> Non
         plan = promoted.lines[0]
         assert any("the room there is not known" in warning for warning in plan["warnings"])
         assert any("after a power cut on that host" in warning for warning in plan["warnings"])
+        assert any("stays suspended until" in warning for warning in plan["warnings"])
         assert (plan["disks"][0]["seed"], plan["disks"][0]["free_bytes"]) == ("none", None)
         (disk,) = promoted.result["disks"]
         assert disk["target"] == domain.files()[0]
@@ -124,6 +51,48 @@ def test_a_domain_of_another_host_is_promoted_there(elsewhere: Elsewhere) -> Non
         assert "cluster_size: 4096" in qemu_img("info", new)
         again = elsewhere.run("promote")
         assert again.code == 3, again  # it does not run now
+
+
+@pytest.fixture(scope="session")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Libvirtd, Pki, int]]:
+    directory = tmp_path_factory.mktemp("tls")
+    pki, port = Pki(directory / "pki"), free_port()
+    with Libvirtd(directory, pki.options(port)) as libvirtd:
+        wait_for(lambda: listens(port), "TLS", 30)
+        yield libvirtd, pki, port
+
+
+@pytest.mark.nightly
+def test_a_domain_is_promoted_over_tls(tls: tuple[Libvirtd, Pki, int], tmp_path: Path) -> None:
+    libvirtd, pki, port = tls
+    elsewhere = Elsewhere(libvirtd, tmp_path, pki.uri(port))
+    with elsewhere.running():
+        promoted = elsewhere.run("promote")
+        assert promoted.code == 0, promoted
+        elsewhere.prove(promoted=True)
+
+
+@pytest.mark.nightly
+def test_certificates_that_are_not_believed_are_told(
+    tls: tuple[Libvirtd, Pki, int], tmp_path: Path
+) -> None:
+    _, pki, port = tls
+    other, half = Pki(tmp_path / "other"), Pki(tmp_path / "half")
+    (half.directory / "cacert.pem").write_bytes((pki.directory / "cacert.pem").read_bytes())
+    for uri, said in [
+        (other.uri(port), "Failed to verify peer's certificate"),
+        (half.uri(port), "The certificate is not trusted"),
+        (pki.uri(port, "127.0.0.1"), "Failed to verify peer's certificate"),
+        (f"{pki.uri(port)}/nowhere", "nowhere"),
+    ]:
+        ran = promoter(tmp_path, "chain", "web01", "-c", uri)
+        assert ran.code == 3, ran
+        *_, message, hint = ran.err.splitlines()  # libvirt's own warnings come first
+        assert message.startswith(f"error: no answer from {uri}: ")
+        assert said in message
+        assert "pkipath=" in hint
+    known = promoter(tmp_path, "chain", "web01", "-c", pki.uri(port))
+    assert "no such domain" in known.err
 
 
 @pytest.mark.nightly
@@ -176,6 +145,97 @@ def test_cancelled_what_was_half_made_goes_or_is_named(elsewhere: Elsewhere) -> 
 
 
 @pytest.mark.nightly
+def test_ctrl_c_ends_ssh_too_and_cancels_nevertheless(elsewhere: Elsewhere) -> None:
+    with elsewhere.running() as domain, elsewhere.pool():
+        promoting = copying(elsewhere, enter=("setsid",))
+        os.killpg(promoting.pid, signal.SIGINT)
+        cancelled = ended(promoting)
+        assert cancelled.code == 7, cancelled
+        assert domain.files() == [str(elsewhere.clone)]
+        elsewhere.prove(promoted=False)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_connection_that_is_cut_while_it_copies_is_made_again(
+    elsewhere: Elsewhere, how: signal.Signals
+) -> None:
+    with elsewhere.running():
+        promoting = copying(elsewhere)
+        (ssh,) = ssh_of(promoting.pid)
+        os.kill(ssh, how)  # standing still it is like a network that is silent
+        if how == signal.SIGSTOP:
+            wait_for(lambda: ssh not in ssh_of(promoting.pid), "promoter to give it up", 40)
+        speed = promoter(elsewhere.state, "job", "speed", only_job(elsewhere), "50M")
+        assert speed.code == 0, speed
+        promoted = ended(promoting)
+        assert promoted.code == 0, promoted
+        elsewhere.prove(promoted=True)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("point", ["suspended", "pivoted"])
+def test_a_connection_that_is_cut_while_it_stands_still_is_made_again(
+    elsewhere: Elsewhere, point: str
+) -> None:
+    with elsewhere.running():
+        promoted = ended(elsewhere.strike(point, "ssh"))
+        assert promoted.code == 0, promoted
+        elsewhere.prove(promoted=True)
+
+
+@pytest.mark.nightly
+def test_a_domain_that_stands_still_goes_on_when_its_host_can_be_reached_again(
+    elsewhere: Elsewhere, sshd: Sshd
+) -> None:
+    with elsewhere.running() as domain:
+        promoting = elsewhere.strike("pivoted", "ssh libvirtd", pid=sshd.pid)
+        wait_for(lambda: domain.paused, "the switchover", 60)
+        with pytest.raises(subprocess.TimeoutExpired):
+            promoting.wait(2 * LONGEST_ABSENCE + 20)  # of its two processes
+        assert domain.paused
+        sshd.start()
+        promoted = ended(promoting)
+        assert promoted.code == 0, promoted
+        elsewhere.prove(promoted=True)
+
+
+@pytest.mark.nightly
+def test_several_disks_there_switch_in_one_suspend(
+    libvirtd: Libvirtd, sshd: Sshd, tmp_path: Path
+) -> None:
+    elsewhere = Elsewhere(libvirtd, tmp_path, sshd.uri(), clones=2)
+    with elsewhere.running() as domain:
+        promoted = elsewhere.run("promote")
+        assert promoted.code == 0, promoted
+        first, second = promoted.result["disks"]
+        assert first["switchover_s"] == second["switchover_s"] < 1
+        assert [first["target"], second["target"]] == domain.files()
+        elsewhere.prove(promoted=True)
+
+
+@pytest.mark.nightly
+def test_without_room_there_no_disk_switches_and_resume_goes_on(
+    libvirtd: Libvirtd, sshd: Sshd, tmp_path: Path
+) -> None:
+    elsewhere = Elsewhere(libvirtd, tmp_path, sshd.uri(), clones=2)
+    small = tmp_path / "small"
+    small.mkdir()
+    with elsewhere.running() as domain, libvirtd.small(small, "16m"), elsewhere.pool(small):
+        words = ("--target-dir", small, "--speed", "20M")
+        full = elsewhere.run("promote", *words)
+        assert full.code == 5, full
+        assert "No space left" in full.result["message"]
+        assert domain.files() == list(map(str, elsewhere.clones))
+        domain.wait_for_acks(40)
+        libvirtd.grow(small, "512m")
+        resumed = promoter(elsewhere.state, "job", "resume", "--json")
+        assert resumed.code == 0, resumed
+        assert domain.files() == [str(small / clone.name) for clone in elsewhere.clones]
+        domain.wait_for_acks(40)
+
+
+@pytest.mark.nightly
 def test_a_domain_that_is_killed_keeps_its_old_disk(elsewhere: Elsewhere) -> None:
     with elsewhere.running() as domain, elsewhere.pool():
         promoting = copying(elsewhere)
@@ -193,11 +253,15 @@ def cancel(elsewhere: Elsewhere) -> Ran:
     return ended(promoting)
 
 
-def copying(elsewhere: Elsewhere) -> subprocess.Popen[str]:
-    promote = ("promote", "web01", "--speed", "1M", "-c", elsewhere.uri, "--json")
-    promoting = start(elsewhere.state, *promote)
+def copying(elsewhere: Elsewhere, enter: Sequence[str] = ()) -> subprocess.Popen[str]:
+    promoting = elsewhere.promoting("--speed", "1M", enter=enter)
     wait_for(lambda: made(elsewhere), "the copy to start", 60)
     return promoting
+
+
+def only_job(elsewhere: Elsewhere) -> str:
+    (job,) = Journal(elsewhere.state).entries()
+    return job.id
 
 
 def made(elsewhere: Elsewhere) -> bool:
@@ -240,3 +304,37 @@ def test_what_cannot_be_done_there_is_refused(elsewhere: Elsewhere) -> None:
         assert domain.files() == [str(elsewhere.clone)]
         elsewhere.prove(promoted=False, left=1)
     assert taken.read_text() == "somebody's"
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize(
+    ("way", "said"),
+    [
+        ({"key": "stranger"}, "Permission denied (publickey)"),
+        ({"key": "locked"}, "Permission denied (publickey)"),
+        ({"known": "unknown"}, "Host key verification failed"),
+        ({"port": 1}, "Connection refused"),
+    ],
+)
+def test_what_ssh_says_is_told_and_nobody_is_asked(
+    sshd: Sshd, tmp_path: Path, way: dict[str, Any], said: str
+) -> None:
+    asked = tmp_path / "asked"
+    ask = tmp_path / "ask"
+    ask.write_text(f"#!/bin/sh\ntouch {asked}\n")
+    ask.chmod(0o755)
+    uri = sshd.uri(**way)
+    command = start(
+        tmp_path,
+        *("promote", "web01", "-c", uri),
+        enter=("setsid",),  # without a terminal
+        environment={"SSH_ASKPASS": str(ask), "DISPLAY": ":0"},
+    )
+    ran = ended(command)
+    assert ran.code == 3, ran
+    message, hint = ran.err.splitlines()
+    assert message.startswith(f"error: no answer from {uri}: ")
+    assert said in message
+    key, port = sshd.directory / way.get("key", "user"), way.get("port", sshd.port)
+    assert f"ssh -o BatchMode=yes -i {key} ssh://root@127.0.0.1:{port} true" in hint
+    assert not asked.exists()

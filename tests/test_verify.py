@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -89,18 +90,31 @@ def test_a_comparison_reads_no_faster_than_it_may(tmp_path: Path) -> None:
         server.terminate()
 
 
-def plant(target: Path, image_format: str) -> int:
-    """Change a byte that the guest does not write to, behind QEMU's back; where, for the guest."""
+def plant(target: Path, image_format: str) -> list[int]:
+    """Change two bytes that the guest does not write to, behind QEMU's back; where, for the guest:
+    in its boot sector, and far behind it in its root file system.
+    """
     opened = {"driver": "file", "filename": str(target), "locking": "off"}
     image = "json:" + json.dumps({"driver": image_format, "file": opened})
     extents = json.loads(qemu_img("map", "--output=json", image))
-    extent = next(e for e in extents if e["data"] and not e["zero"] and "offset" in e)
+    data = [e for e in extents if e["data"] and not e["zero"] and e["start"] < 32 * MIB]
+    places = [(data[0], 0), (data[-1], data[-1]["length"] // 2)]
     with target.open("r+b") as file:
-        file.seek(extent["offset"])
-        (byte,) = file.read(1)
-        file.seek(extent["offset"])
-        file.write(bytes([byte ^ 0xFF]))
-    return int(extent["start"])
+        for extent, within in places:
+            file.seek(extent["offset"] + within)
+            (byte,) = file.read(1)
+            file.seek(extent["offset"] + within)
+            file.write(bytes([byte ^ 0xFF]))
+    return [extent["start"] + within for extent, within in places]
+
+
+def prove_told(message: str, planted: list[int]) -> None:
+    """The first difference is told to the byte, and the others by their clusters."""
+    assert f"at offset {planted[0]}" in message
+    found = re.findall(r"0x([0-9a-f]+) to 0x([0-9a-f]+)", message)
+    told = [range(int(start, 16), int(end, 16)) for start, end in found]
+    assert [place.start for place in told] == [at - at % 65536 for at in planted], message
+    assert {len(place) for place in told} == {65536}
 
 
 def test_a_difference_ends_with_exit_code_8_and_both_disks(tmp_path: Path) -> None:
@@ -119,7 +133,7 @@ def test_a_difference_ends_with_exit_code_8_and_both_disks(tmp_path: Path) -> No
         assert promoted.code == 8, promoted.out
         told = promoted.result
         assert told["error"] == "Different"
-        assert f"at offset {where}" in told["message"]
+        prove_told(told["message"], where)
         (old,) = tmp_path.glob("clone.qcow2.aside-*")
         assert str(old) in told["hint"]
         assert str(target) in told["hint"]
@@ -257,7 +271,7 @@ def test_a_difference_in_a_domain_is_found(libvirtd: Libvirtd, tmp_path: Path) -
         os.kill(struck.pid, signal.SIGCONT)
         promoted = ended(struck)
         assert promoted.code == 8, promoted.out
-        assert f"at offset {where}" in promoted.result["message"]
+        prove_told(promoted.result["message"], where)
         case.prove(promoted=True)
 
 

@@ -312,9 +312,10 @@ def serial(name: str, path: Path) -> list[str]:
 
 
 class Monitor:
-    """A synchronous QMP client.  Events are not looked at."""
+    """A synchronous QMP client.  `events` are those that came before the last reply."""
 
     def __init__(self, path: Path) -> None:
+        self.events: list[dict[str, Any]] = []
         with contextlib.ExitStack() as opened:
             self._socket = opened.enter_context(socket.socket(socket.AF_UNIX))
             self._socket.settimeout(60)
@@ -333,6 +334,7 @@ class Monitor:
                 raise QMPError(reply["error"]["class"], reply["error"]["desc"])
             if "return" in reply:
                 return reply["return"]
+            self.events.append(reply)
         raise ConnectionResetError(f"QEMU closed its monitor during {command}")
 
 
@@ -542,6 +544,11 @@ class VM:
         assert self._other is not None
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         return self._other.execute(command, named)
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """QEMU's events of one name, until the last command's reply."""
+        assert self._other is not None
+        return [event for event in self._other.events if event["event"] == name]
 
     @property
     def address(self) -> list[object]:

@@ -130,6 +130,8 @@ def describe_record(record: LeaseRecord | None) -> str:
         parts.append(f"lent by {describe(record.lender)}")
     if record.grant:
         parts.append(f"for host {record.grant.host}")
+    if record.elsewhere:
+        parts.append(f"{'perhaps ' if record.operation else ''}the disk is {record.elsewhere}")
     if record.operation:
         parts.append(f"{record.operation.kind} {record.operation.id} works on it")
     if record.readers:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.models import CommandInfo
 
 from promoter.cli import agent, hook, lease, run
 from promoter.cli.config import configure
@@ -503,6 +505,23 @@ def cancel_job(identity: Identity, state: State, as_json: Json = False) -> None:
     run.finish(run.ask(identity, "cancel", state, output), output)
 
 
+@job_app.command("undo")
+def undo_job(
+    identity: Identity,
+    state: State,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Go back to the old chain; once it has switched, with a guest that is shut down.
+
+    What was written since the switchover goes back with it, and the new disk is kept.
+    """
+    output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
+    run.finish(run.undo(identity, state, output, dry_run=dry_run), output)
+
+
 @job_app.command("resume")
 def resume_job(
     state: State,
@@ -522,3 +541,18 @@ def resume_job(
 
 
 app.command("run")(lease.run)
+
+
+def main(words: Sequence[str]) -> None:
+    """The command line. Where a command is named first, no other is made: that takes typer time,
+    for each of their parameters.
+    """
+    commands = [known for known in app.registered_commands if _name(known) in words[:1]]
+    groups = [known for known in app.registered_groups if known.name in words[:1]]
+    if commands or groups:
+        app.registered_commands, app.registered_groups = commands, groups
+    app(words)
+
+
+def _name(command: CommandInfo) -> str | None:
+    return command.name or (command.callback and command.callback.__name__)

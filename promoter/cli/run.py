@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,12 +24,13 @@ from promoter.guests import connect as guests
 from promoter.guests.base import Guest, GuestView
 from promoter.operations import backup, control, ending, metrics
 from promoter.operations import report as reports
+from promoter.operations import undo as undoing
 from promoter.operations.backup import Backup, BackupOperation
 from promoter.operations.course import OnProgress
 from promoter.operations.journal import Entry, Journal, OperationStatus, new_id
 from promoter.operations.leases import leave, registered
 from promoter.operations.leftovers import sweep
-from promoter.operations.move import Choices, Move
+from promoter.operations.move import Choices, Failure, Move
 from promoter.operations.moving import MoveOperation, OnStep
 from promoter.operations.plan import Plan
 from promoter.operations.recorded import recorded_move
@@ -226,6 +227,54 @@ async def resume(identity: str | None, state: Path, output: Output) -> None:
                 output.error(error)
     if codes:
         raise typer.Exit(codes[0])
+
+
+async def undo(identity: str, state: Path, output: Output, *, dry_run: bool) -> None:
+    """Go back from an operation: called off while that is possible, else by an undo of its own."""
+    journal = Journal(state)
+    entry = journal.entry(identity)
+    if entry.kind == backup.KIND:
+        raise Refused(
+            f"operation {entry.id} is a backup: it leaves the guest on the chain that it had",
+            "Its copies are files of their own: remove those that you do not want.",
+        )
+    if entry.status is OperationStatus.RUNNING:
+        await ask(entry.id, "cancel", state, output)
+        return
+    if entry.status is OperationStatus.INTERRUPTED and not dry_run:
+        with journal.hold(entry.id), suppress(Cancelled):
+            await _call_off(journal, entry.id, output)
+    move = recorded_move(journal.entry(entry.id))
+    guest = await _connect_if_it_runs(move)
+    try:
+        made = await undoing.plan(guest, move, new_id(), state)
+        output.plan(made, dry_run=dry_run)
+    finally:
+        if guest:
+            await guest.close()
+    if dry_run or not made.move.disks:
+        output.result(_result(made.move, "planned" if dry_run else "done"), [])
+        return
+    with journal.hold(made.move.id):
+        journal.open(made.move.id, made.move.kind, made.move.guest, to_json(made.move))
+        await _run(made.move, journal, None, output)
+
+
+async def _call_off(journal: Journal, identity: str, output: Output) -> None:
+    """Put back what stopped half-way, where it has not switched; else finish it."""
+    move = recorded_move(journal.entry(identity))
+    if move.failure is None:
+        move = replace(move, failure=Failure.CANCELLED, reason="cancelled")
+    await _run(replace(move, tidied=False), journal, None, output)
+
+
+async def _connect_if_it_runs(move: Move) -> Guest | None:
+    try:
+        return await connect_again(move)
+    except Unreachable:
+        if move.domain:
+            raise
+        return None
 
 
 def _leaves_spare(entry: Entry) -> bool:

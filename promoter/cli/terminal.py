@@ -1,6 +1,7 @@
 """How operations are shown to people: live bars on a terminal, else plain lines.
 
-``NO_COLOR`` is honoured. Errors name the file, say why and give the next step.
+``NO_COLOR`` is honoured. Errors name the file, say why and give the next step. Of rich, bars and
+tables are loaded only where one is shown.
 """
 
 from __future__ import annotations
@@ -8,16 +9,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, TaskID, TextColumn
-from rich.progress import Progress as Bars
-from rich.table import Table
 
 from promoter.blockjob import Progress
-from promoter.cli.report import lines
 from promoter.cli.tree import tree
 from promoter.cli.units import human_bytes, human_seconds
 from promoter.errors import PromoterError
@@ -25,6 +22,7 @@ from promoter.guests.base import GuestView
 from promoter.operations import room
 from promoter.operations.backup import Copied
 from promoter.operations.journal import Entry, OperationStatus, Step
+from promoter.operations.leftovers import undone_file
 from promoter.operations.move import DiskIntent, Kind, Way
 from promoter.operations.outcome import DiskReport
 from promoter.operations.plan import Plan
@@ -32,11 +30,15 @@ from promoter.operations.report import Report
 from promoter.operations.verify import cost
 from promoter.storage.siblings import Siblings
 
+if TYPE_CHECKING:
+    from promoter.cli.bars import DiskBars
+
 LINE_EVERY = 5.0
 NOTHING = {
     Kind.PROMOTE: "it has no backing file",
     Kind.CONSOLIDATE: "no layer below is known to be this guest's alone (--base LAYER names one)",
     Kind.SNAPSHOT: "it is read-only",
+    Kind.UNDO: "it is on its old chain",
 }
 BECAME = {
     Way.MIRROR: "has a new disk now",
@@ -44,6 +46,7 @@ BECAME = {
     Way.COMMIT_BELOW: "has fewer layers now",
     Way.SNAPSHOT: "goes on in an overlay",
 }
+DONE = {Kind.PROMOTE: "is a full clone now", Kind.UNDO: "is on its old chain again"}
 ASKED = {
     "pause": "paused; the guest runs on. Go on: promoter job resume",
     "go on": "goes on",
@@ -68,23 +71,34 @@ class PlainOutput:
         self._wide.print(tree(guest, view, siblings))
 
     def operations(self, entries: Sequence[Entry]) -> None:
-        table = Table("ID", "OPERATION", "GUEST", "STATUS", "STARTED", "RESULT", box=None)
+        rows: list[tuple[str, ...]] = [("ID", "OPERATION", "GUEST", "STATUS", "STARTED", "RESULT")]
         for entry in entries:
             texts = (entry.id, entry.kind, entry.guest, entry.status, entry.started)
-            table.add_row(*map(escape, (*texts, entry.result or "")))
-        self._wide.print(table)
+            rows.append((*texts, entry.result or ""))
+        self._listing(rows)
 
     def operation_steps(self, entry: Entry, steps: Sequence[Step]) -> None:
         self.operations([entry])
-        table = Table("STEP", "ACTION", "STARTED", "ENDED", "OUTCOME", box=None)
+        rows: list[tuple[str, ...]] = [("STEP", "ACTION", "STARTED", "ENDED", "OUTCOME")]
         for step in steps:
             texts = (step.action, step.started, step.ended or "", step.outcome or "")
-            table.add_row(str(step.number), *map(escape, texts))
-        self._wide.print(table)
+            rows.append((str(step.number), *texts))
+        self._listing(rows)
         if entry.status is OperationStatus.INTERRUPTED:
             self.console.print(f"Continue: promoter job resume {entry.id}")
 
+    def _listing(self, rows: Sequence[Sequence[str]]) -> None:
+        from rich.table import Table
+
+        head, *texts = rows
+        table = Table(*head, box=None)
+        for row in texts:
+            table.add_row(*map(escape, row))
+        self._wide.print(table)
+
     def report(self, report: Report) -> None:
+        from promoter.cli.report import lines
+
         self.console.print(lines(report))
 
     def speed(self, operation: str, speed: int) -> None:
@@ -97,11 +111,13 @@ class PlainOutput:
     def plan(self, plan: Plan, *, dry_run: bool) -> None:
         for name in plan.nothing_to_do:
             self.console.print(f"{escape(name)}: nothing to do, {NOTHING[plan.move.kind]}")
+        undo = plan.move.kind is Kind.UNDO
         for disk, free in zip(plan.move.disks, plan.free, strict=True):
             room = "" if free is None else f", {human_bytes(free)} free"
+            text = _way_back(disk) if undo else _intention(disk)
+            needs = "" if undo else f", needs {human_bytes(disk.required)}"
             self.console.print(
-                f"{escape(disk.name)}: {escape(_intention(disk))},"
-                f" needs {human_bytes(disk.required)}{room}{_verification(plan, disk)}"
+                f"{escape(disk.name)}: {escape(text)}{needs}{room}{_verification(plan, disk)}"
             )
         for warning in plan.warnings:
             self.console.print(f"note: {escape(warning)}")
@@ -123,7 +139,7 @@ class PlainOutput:
     def result(self, result: dict[str, Any], reports: Sequence[DiskReport]) -> None:
         for report in reports:
             self._summary(Kind(result["operation"]), report)
-        if reports and not result["guest_alive"]:
+        if reports and not result["guest_alive"] and result["operation"] != Kind.UNDO:
             self.console.print("note: the guest is gone; its next boot has the new disk")
 
     def backups(self, result: dict[str, Any], copied: Sequence[Copied]) -> None:
@@ -141,6 +157,8 @@ class PlainOutput:
             self._table(rows)
 
     def _table(self, rows: Sequence[tuple[str, str]]) -> None:
+        from rich.table import Table
+
         table = Table(box=None, show_header=False, pad_edge=False)
         for name, text in rows:
             table.add_row(name, text)
@@ -149,7 +167,7 @@ class PlainOutput:
     def _summary(self, operation: Kind, report: DiskReport) -> None:
         copied = (report.seeded_bytes or 0) + (report.mirrored_bytes or 0)
         rate = copied / report.duration_s if report.duration_s else 0
-        became = "is a full clone now" if operation is Kind.PROMOTE else BECAME[report.way]
+        became = DONE.get(operation) or BECAME[report.way]
         rows = [("", f"[bold]{escape(report.disk)} {became}: {escape(str(report.target))}")]
         if report.way is not Way.SNAPSHOT:
             seeded = human_bytes(report.seeded_bytes)
@@ -172,7 +190,8 @@ class PlainOutput:
         if report.way is Way.SNAPSHOT:
             rows.append(("frozen", escape(str(report.source))))
         for index, file in enumerate(report.kept):
-            rows.append(("" if index else "old overlay", escape(str(file))))
+            old = "new disk" if operation is Kind.UNDO else "old overlay"
+            rows.append(("" if index else old, escape(str(file))))
         if report.spare:
             rows.append(("second name", f"{escape(str(report.spare))}, until this QEMU ends"))
         self._table(rows)
@@ -192,34 +211,25 @@ class PlainOutput:
 class LiveOutput(PlainOutput):
     """Bars on a terminal, one per disk."""
 
-    def __init__(self, *, verbose: bool) -> None:
-        super().__init__(quiet=False, verbose=verbose)
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
-        self._bars = Bars(*columns, console=self.console)
-        self._tasks: dict[str, TaskID] = {}
+    _bars: DiskBars | None = None
 
     def progress(self, operation: str, disk: str, phase: str, progress: Progress) -> None:
-        if disk not in self._tasks:
-            self._bars.start()
-            self._tasks[disk] = self._bars.add_task(escape(disk), text="")
-        self._bars.update(
-            self._tasks[disk],
-            description=f"{escape(disk)} {phase}",
-            completed=progress.done,
-            total=max(progress.total, 1),
-            text=describe(progress, phase),
-        )
+        from promoter.cli.bars import DiskBars
+
+        self._bars = self._bars or DiskBars(self.console)
+        self._bars.show(escape(disk), phase, progress, describe(progress, phase))
 
     def result(self, result: dict[str, Any], reports: Sequence[DiskReport]) -> None:
-        self._bars.stop()
+        self.close()
         super().result(result, reports)
 
     def backups(self, result: dict[str, Any], copied: Sequence[Copied]) -> None:
-        self._bars.stop()
+        self.close()
         super().backups(result, copied)
 
     def close(self) -> None:
-        self._bars.stop()
+        if self._bars:
+            self._bars.stop()
 
 
 class _Prioritised:
@@ -307,8 +317,15 @@ def _intention(disk: DiskIntent) -> str:
             return f"{old} -> {new}{frozen}"
 
 
+def _way_back(disk: DiskIntent) -> str:
+    return (
+        f"{undone_file(disk)} -> {disk.names.path}: compares up to {human_bytes(cost(disk))},"
+        " copies back what was written since the switchover"
+    )
+
+
 def choose(*, quiet: bool, verbose: bool) -> PlainOutput:
     """Bars on a terminal, else lines."""
     if not quiet and Console().is_terminal:
-        return LiveOutput(verbose=verbose)
+        return LiveOutput(quiet=False, verbose=verbose)
     return PlainOutput(quiet=quiet, verbose=verbose)

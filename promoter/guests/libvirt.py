@@ -57,7 +57,7 @@ KEEPALIVE, KEEPALIVES = 5, 3  # seconds between them, and how many may stay unan
 ENDINGS = {
     libvirt.VIR_DOMAIN_BLOCK_JOB_COMPLETED: None,
     libvirt.VIR_DOMAIN_BLOCK_JOB_CANCELED: "Operation canceled",
-    libvirt.VIR_DOMAIN_BLOCK_JOB_FAILED: "libvirt does not say why; the log of its QEMU may",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_FAILED: "QEMU's own words were lost; its log may have more",
 }
 JOBS = {
     libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COPY: "copy",
@@ -88,6 +88,7 @@ class LibvirtGuest:
         self._changed = asyncio.Event()
         self._gone = asyncio.Event()
         self._ended: dict[str, BlockJob] = {}
+        self._reasons: dict[str, str] = {}
         self._version: Version | None = None
 
     @classmethod
@@ -100,12 +101,12 @@ class LibvirtGuest:
         """
         _start_events()
         try:
-            connection = await asyncio.to_thread(libvirt.open, uri)
+            connection = await asyncio.to_thread(_open, uri)
             domain = await asyncio.to_thread(_find, connection, name, uri, running=running)
             guest = cls(uri, connection, domain)
             await asyncio.to_thread(guest._listen, asyncio.get_running_loop())
         except libvirt.libvirtError as error:
-            raise Unreachable(f"no answer from {uri}: {error}", _hint(error)) from error
+            raise _unreachable(uri, error) from error
         return guest
 
     @classmethod
@@ -113,9 +114,9 @@ class LibvirtGuest:
         """Does libvirt answer? Raises `Unreachable`."""
         _start_events()
         try:
-            connection = await asyncio.to_thread(libvirt.open, uri)
+            connection = await asyncio.to_thread(_open, uri)
         except libvirt.libvirtError as error:
-            raise Unreachable(f"no answer from {uri}: {error}", _hint(error)) from error
+            raise _unreachable(uri, error) from error
         connection.close()
 
     def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -128,16 +129,32 @@ class LibvirtGuest:
 
         register = partial(self._connection.domainEventRegisterAny, self._domain)
         register(libvirt.VIR_DOMAIN_EVENT_ID_BLOCK_JOB_2, later(self._on_job), None)
+        libvirt_qemu.qemuMonitorEventRegister(
+            *(self._connection, self._domain, "BLOCK_JOB_COMPLETED"), later(self._on_end), None
+        )
         register(libvirt.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED, later(self._on_backup), None)
         register(libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, later(self._on_lifecycle), None)
         self._connection.registerCloseCallback(later(self._on_close), None)
         self._connection.setKeepAlive(KEEPALIVE, KEEPALIVES)
 
+    def _on_end(self, _: object, _event: str, *at_and_details: Any) -> None:
+        """QEMU tells why a job failed, before libvirt tells that it did."""
+        details = json.loads(at_and_details[2])
+        if error := details.get("error"):
+            self._reasons[details["device"]] = error
+
     def _on_job(self, _: object, disk: str, kind: int, status: int, _opaque: object) -> None:
         if kind in JOBS and status in ENDINGS:
-            ended = BlockJob(disk, JOBS[kind], JobStatus.CONCLUDED, error=ENDINGS[status])
-            self._ended[disk] = ended
+            error = ENDINGS[status]
+            if status == libvirt.VIR_DOMAIN_BLOCK_JOB_FAILED:
+                error = self._reason(disk) or error
+            self._ended[disk] = BlockJob(disk, JOBS[kind], JobStatus.CONCLUDED, error=error)
         self._changed.set()
+
+    def _reason(self, disk: str) -> str:
+        """libvirt's names of QEMU's jobs have the disk in the middle: copy-vda-libvirt-3-format."""
+        named = [job for job in self._reasons if job.split("-")[1:2] == [disk]]
+        return "; ".join(self._reasons.pop(job) for job in named)
 
     def _on_backup(self, *_: object) -> None:
         self._changed.set()
@@ -534,12 +551,43 @@ def _find(
     return found
 
 
-def _hint(error: libvirt.libvirtError) -> str:
-    if error.get_error_code() in DENIED or "Permission denied" in str(error):
+def _open(uri: str) -> libvirt.virConnect:
+    """ssh may ask nobody for a password: it is needed again where there is nobody, too."""
+    if _transport(uri) == "ssh":
+        uri += f"{'&' if '?' in uri else '?'}no_tty=1"
+    return libvirt.open(uri)
+
+
+def _transport(uri: str) -> str:
+    return uri.partition("://")[0].partition("+")[2]
+
+
+def _unreachable(uri: str, error: libvirt.libvirtError) -> Unreachable:
+    return Unreachable(f"no answer from {uri}: {' '.join(str(error).split())}", _hint(uri, error))
+
+
+def _hint(uri: str, error: libvirt.libvirtError) -> str:
+    remote = not _is_local(uri)
+    denied = error.get_error_code() in DENIED or "Permission denied" in str(error)
+    if denied and not remote:
         return "Be a member of the group libvirt, or root."
+    if _transport(uri) == "ssh":
+        return f"Does libvirtd run there, and does ssh get there unasked? Try: {_ssh(uri)}"
+    if remote and _transport(uri) in ("tls", ""):  # it is TLS where none is named
+        return (
+            "Does libvirtd listen for TLS there? Each certificate must be of an authority that"
+            " the other side knows, the host's for the name in the URI: ?pkipath=DIR"
+        )
     return (
         f"Does libvirtd run there? Or name another: --connect {DEFAULT_URI}, qemu+ssh://HOST/system"
     )
+
+
+def _ssh(uri: str) -> str:
+    """About the command that libvirt reaches the host by."""
+    host, _, options = uri.partition("://")[2].partition("/")
+    key = re.search(r"[?&]keyfile=([^&]+)", options)
+    return f"ssh -o BatchMode=yes {f'-i {key[1]} ' if key else ''}ssh://{host} true"
 
 
 def _is_local(uri: str) -> bool:

@@ -2,6 +2,7 @@
 
     POST /v1/release/DISK?wait=SECONDS         the signed request that lies on the storage
     GET /v1/release/DISK/REQUEST?wait=SECONDS  what became of it, to who has sent it
+    GET /metrics                               for Prometheus, to who has the role metrics
     200 released   202 accepted, ask again   409 other owner or epoch   423 busy   403 refused
 
 Who holds a disk goes on to be the process of ``promoter run``, which reads requests from the
@@ -27,6 +28,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 from aiohttp.abc import AbstractAccessLogger
@@ -40,7 +42,8 @@ from promoter.lease.credentials import Credentials, Peer, Untrusted, parse_endpo
 from promoter.lease.file import LeaseFile, hosts_of
 from promoter.lease.host import Host
 from promoter.lease.ledger import Allowance, Ledger
-from promoter.lease.liveness import BEAT_EVERY, Heartbeat
+from promoter.lease.liveness import BEAT_EVERY, Heartbeat, Silence, boot_clock
+from promoter.lease.metrics import CONTENT_TYPE, Metrics
 from promoter.lease.record import (
     LARGEST,
     Answer,
@@ -90,12 +93,16 @@ class Agent:
         self._credentials = credentials
         self._context = credentials.context(ssl.Purpose.CLIENT_AUTH)
         self._hearts: dict[Path, Heartbeat] = {}
+        self._silences: dict[Path, Silence] = {}
+        self._metrics = Metrics()
+        ledger.on_refusal = self._metrics.refused
         self._connections: set[asyncio.Task[None]] = set()
         self._addresses = Counter[str]()
         self._waiting = Counter[str]()
         self._allowances: dict[str, Allowance] = {}
         self._trouble: dict[str, str] = {}
         self._sent: dict[tuple[str, str, str], tuple[LeaseFile, Asked, int]] = {}
+        self._arrived: dict[str, float] = {}
 
     async def run(self) -> None:
         """Serve until SIGTERM."""
@@ -204,6 +211,7 @@ class Agent:
         application = web.Application(client_max_size=LARGEST, middlewares=[_refusing])
         application.router.add_post(PATH + "/{disk:[0-9A-Za-z-]{1,64}}", self._release)
         application.router.add_get(PATH + "/{disk}/{request:[0-9A-Za-z-]{1,64}}", self._poll)
+        application.router.add_get("/metrics", self._show_metrics)
         return application
 
     async def _release(self, http: web.Request) -> web.Response:
@@ -213,8 +221,10 @@ class Agent:
             wanted = parse(Request, await http.read(), "the request")
             if wanted.requester.host != peer.host:
                 raise Untrusted(f"host {peer.host} asks in the name of another")
+            self._arrived.setdefault(wanted.id, boot_clock())
+            _forget_oldest(self._arrived)
             answer = await self._answer(http.match_info["disk"], wanted, wait)
-        return _said(http, answer)
+        return self._said(http, answer)
 
     async def _poll(self, http: web.Request) -> web.Response:
         peer = self._credentials.peer(http.get_extra_info("peercert"))
@@ -225,6 +235,21 @@ class Agent:
             if place is None:
                 raise web.HTTPNotFound(text="this host has sent no such request; send it again")
             answer = await self._answered(*place, wait)
+        return self._said(http, answer)
+
+    async def _show_metrics(self, http: web.Request) -> web.Response:
+        peer = self._credentials.peer(http.get_extra_info("peercert"))
+        with self._turn(peer):
+            if Role.METRICS not in peer.roles:
+                raise Untrusted(f"host {peer.host} lacks the role {Role.METRICS}")
+            held = await asyncio.to_thread(self.ledger.held)
+        ages = {pool: silence.seconds for pool, silence in self._silences.items()}
+        headers = {"Content-Type": CONTENT_TYPE}
+        return web.Response(body=self._metrics.shown(held, ages), headers=headers)
+
+    def _said(self, http: web.Request, answer: Answer) -> web.Response:
+        if answer.said is not Said.ACCEPTED and answer.request in self._arrived:
+            self._metrics.answered(answer.said, boot_clock() - self._arrived.pop(answer.request))
         return _said(http, answer)
 
     @contextmanager
@@ -249,8 +274,7 @@ class Agent:
         if not wake(self.host, record.owner):
             await asyncio.to_thread(self._answer_all, store)
         self._sent[wanted.requester.host, disk, wanted.id] = store, asked, record.epoch
-        while len(self._sent) > MOST_SENT:
-            del self._sent[next(iter(self._sent))]
+        _forget_oldest(self._sent)
         return await self._answered(store, asked, record.epoch, wait)
 
     async def _answered(self, store: LeaseFile, asked: Asked, epoch: int, wait: float) -> Answer:
@@ -277,7 +301,7 @@ class Agent:
         if asked is None:
             return Answer(wanted.id, Said.NOT_OWNER, record.epoch, "it is not on the storage")
         holding = Holding(self.host.name, Policy.CLOSE)  # whoever holds it knows better
-        said = rules.answer(record, wanted, holding, tuple(Role) if roles else ())
+        said = rules.answer(record, wanted, holding, tuple(Role) if roles - {Role.METRICS} else ())
         return (store, record, asked) if said.said is Said.ACCEPTED else said
 
     # --- what runs here ---
@@ -288,11 +312,18 @@ class Agent:
             pools = {path.parent for path in held.values()}
             for pool in pools - self._hearts.keys():
                 self._hearts[pool] = Heartbeat(hosts_of(pool), self.host)
+                self._silences[pool] = Silence()
             for pool in self._hearts.keys() - pools:
                 self._hearts.pop(pool).stop()
+                del self._silences[pool]
             for pool, heart in self._hearts.items():
                 await self._tolerantly(pool, heart.beat)
+                await self._tolerantly(pool, partial(self._look_at_heart, pool))
             await asyncio.sleep(BEAT_EVERY)
+
+    def _look_at_heart(self, pool: Path) -> None:
+        """Whichever process of this host it is that beats."""
+        self._silences[pool].of(hosts_of(pool).read(self.host.name))
 
     async def _answer_for_host(self) -> None:
         while True:
@@ -350,6 +381,11 @@ def wake(host: Host, owner: Owner) -> bool:
         return True
     finally:
         os.close(descriptor)
+
+
+def _forget_oldest(known: dict[Any, Any]) -> None:
+    while len(known) > MOST_SENT:
+        del known[next(iter(known))]
 
 
 def _said(http: web.Request, answer: Answer) -> web.Response:

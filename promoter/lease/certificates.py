@@ -11,6 +11,7 @@ Keys are of P-256, readable by their owner alone.
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 
 from cryptography import x509
@@ -65,7 +66,7 @@ def issue(directory: Path, host: str, endpoint: str, roles: list[Role], days: in
     if not NAME.fullmatch(host):
         raise Refused(f"{host!r} is no host's name", "Up to 64 letters, digits and dashes.")
     try:
-        parse_endpoint(endpoint)
+        address, _ = parse_endpoint(endpoint)
     except Untrusted as error:
         raise Refused(error.message, "Give its address or name, and a port.") from error
     loaded = load_pem_private_key((directory / "ca.key").read_bytes(), None)
@@ -73,7 +74,9 @@ def issue(directory: Path, host: str, endpoint: str, roles: list[Role], days: in
     if not isinstance(loaded, ec.EllipticCurvePrivateKey):
         raise Refused(f"{directory / 'ca.key'} is not one of promoter's", "Use another directory.")
     key = ec.generate_private_key(ec.SECP256R1())
-    certificate = _leaf(ca, key.public_key(), host, roles, days).sign(loaded, SHA256())
+    leaf = _leaf(ca, key.public_key(), host, days)
+    leaf = leaf.add_extension(_names(host, address, roles), critical=False)
+    certificate = leaf.sign(loaded, SHA256())
     last = certificate.not_valid_after_utc.date()
     _add(directory / "issued", [f"{certificate.serial_number:x} {host} {last}"])
     made = directory / host
@@ -110,10 +113,9 @@ def _add(file: Path, lines: list[str]) -> None:
 
 
 def _leaf(
-    ca: x509.Certificate, key: ec.EllipticCurvePublicKey, host: str, roles: list[Role], days: int
+    ca: x509.Certificate, key: ec.EllipticCurvePublicKey, host: str, days: int
 ) -> x509.CertificateBuilder:
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)])
-    names = [f"{HOST_URI}{host}", *(f"{ROLE_URI}{role}" for role in roles)]
     both = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
     signer = ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     return (
@@ -122,14 +124,21 @@ def _leaf(
         .add_extension(_usage(signs_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage(both), critical=False)
         .add_extension(
-            x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri) for uri in names]),
-            critical=False,
-        )
-        .add_extension(
             x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(signer),
             critical=False,
         )
     )
+
+
+def _names(host: str, address: str, roles: list[Role]) -> x509.SubjectAlternativeName:
+    """Hosts go by the URIs; the address is for other clients, which check that."""
+    uris = [f"{HOST_URI}{host}", *(f"{ROLE_URI}{role}" for role in roles)]
+    names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(uri) for uri in uris]
+    try:
+        names.append(x509.IPAddress(ip_address(address)))
+    except ValueError:
+        names.append(x509.DNSName(address))
+    return x509.SubjectAlternativeName(names)
 
 
 def _certificate(

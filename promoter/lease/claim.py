@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +18,8 @@ from promoter.lease.credentials import Credentials
 from promoter.lease.file import WATCH_EVERY, LeaseFile
 from promoter.lease.host import Host, new_request_id, new_stamp
 from promoter.lease.liveness import Clock, Observer, boot_clock, fence, lock_on, storage_of
-from promoter.lease.record import Answer, Grant, LeaseRecord, Owner, Request, Said, State
-from promoter.lease.rules import Closed, Evidence, Illegal, Lock
+from promoter.lease.record import Answer, Grant, LeaseRecord, Owner, Request, Said, Stamp, State
+from promoter.lease.rules import Closed, Evidence, Illegal, Lock, Unsettled
 from promoter.lease.store import Asked, CouldNotTell
 
 LOOK_EVERY = 0.5
@@ -111,24 +110,25 @@ class Acquisition:
 
     def _claimed(self, record: LeaseRecord | None) -> LeaseRecord | None:
         """The record that the rules allow now."""
-        stamp = new_stamp()
-        with suppress(Illegal):
-            if record is None:
-                return rules.create(self.store.identity(stamp.nonce), self.owner, stamp)
-            unchanged = self._observer.unchanged(record)
-            waited = record.lender is not None and self.host.lives(record.lender)
-            if record.state in (State.FREE, State.LOANED):
-                return rules.claim(
-                    record, self.owner, stamp, unchanged=unchanged, lender_lives=waited
-                )
-            evidence = self._observer.evidence(record)
-            if record.owner and record.owner.host == self.host.name:
-                alive = self.host.lives(record.owner) or self.host.works(record)
-                return rules.resume(
-                    record, self.owner, stamp, process_alive=alive, lock=evidence.lock
-                )
-            return rules.take_over(record, self.owner, evidence, stamp, lender_lives=waited)
-        return None
+        try:
+            return self._next(record, new_stamp())
+        except Unsettled:  # it does not pass by itself
+            raise
+        except Illegal:
+            return None
+
+    def _next(self, record: LeaseRecord | None, stamp: Stamp) -> LeaseRecord:
+        if record is None:
+            return rules.create(self.store.identity(stamp.nonce), self.owner, stamp)
+        unchanged = self._observer.unchanged(record)
+        waited = record.lender is not None and self.host.lives(record.lender)
+        if record.state in (State.FREE, State.LOANED):
+            return rules.claim(record, self.owner, stamp, unchanged=unchanged, lender_lives=waited)
+        evidence = self._observer.evidence(record)
+        if record.owner and record.owner.host == self.host.name:
+            alive = self.host.lives(record.owner) or self.host.works(record)
+            return rules.resume(record, self.owner, stamp, process_alive=alive, lock=evidence.lock)
+        return rules.take_over(record, self.owner, evidence, stamp, lender_lives=waited)
 
     def _ask(self, record: LeaseRecord) -> None:
         """Hear what the owner says, and ask whoever holds the disk now."""
@@ -275,15 +275,18 @@ def describe(owner: Owner | None) -> str:
     return f"host {owner.host}{process}{guest}"
 
 
-def let_go(store: LeaseFile, host: Host, *, node_gone: bool = True) -> LeaseRecord:
+def let_go(
+    store: LeaseFile, host: Host, *, node_gone: bool = True, here: bool = False
+) -> LeaseRecord:
     """Mark a disk of ours free, when it is proved closed, for the first who waits for it.
 
-    Raises `Illegal` when it is not ours, or not closed.
+    ``here``: it is this file that was the disk. Raises `Illegal` when it is not ours, or not
+    closed.
     """
     while True:
         record = _existing(store)
         locks_free = lock_on(store.disk) is Lock.FREE
-        closed = Closed(node_gone, locks_free, idle=not host.works(record))
+        closed = Closed(node_gone, locks_free, idle=not host.works(record), here=here)
         grant = _grant(store, record)
         freed = rules.free(record, host.name, closed, new_stamp(), grant)
         if store.compare_and_swap(record.epoch, freed):
@@ -299,10 +302,27 @@ def lend(store: LeaseFile, host: Host, *, node_gone: bool) -> LeaseRecord:
         record = _existing(store)
         if (grant := _grant(store, record)) is None:
             raise Refused("nobody waits for it any more", "It stays with its guest.")
-        closed = Closed(node_gone, lock_on(store.disk) is Lock.FREE, idle=not host.works(record))
+        locks_free, idle = lock_on(store.disk) is Lock.FREE, not host.works(record)
+        closed = Closed(node_gone, locks_free, idle, here=True)
         lent = rules.lend(record, host.name, closed, grant, new_stamp())
         if store.compare_and_swap(record.epoch, lent):
             return lent
+
+
+def follow(store: LeaseFile, host: Host, *, gone: bool) -> LeaseFile | None:
+    """The lease of a disk of ours where an operation has moved it; None: it is where it was.
+
+    ``gone``: the guest's disk is seen not to be this file any more, even if it is still there.
+    """
+    record = store.read_any()
+    if record is None or record.elsewhere is None:
+        return None
+    if record.owner:
+        if (store.is_there and not gone) or host.works(record):
+            return None
+        if not store.compare_and_swap(record.epoch, rules.moved(record, host.name, new_stamp())):
+            return None
+    return LeaseFile(Path(record.elsewhere), store.ledger)
 
 
 def only_lent(store: LeaseFile, lender: Owner) -> Refused:
@@ -367,7 +387,7 @@ def look(store: LeaseFile) -> tuple[LeaseRecord | None, Lock, str, int]:
     """The record, the image lock, the kind of storage, and how many wait."""
     return (
         store.read_any(),
-        lock_on(store.disk),
+        lock_on(store.disk) if store.is_there else Lock.FREE,
         storage_of(store.disk),
         len(store.requests()),
     )

@@ -42,27 +42,34 @@ WATCH_EVERY = 0.1
 
 
 class LeaseFile:
-    """The lease of the file at ``disk``. Raises `Refused` when that is no regular file.
+    """The lease of the file at ``disk``. Raises `Refused` when that is no regular file, unless one
+    was there whose lease is left.
 
     What is written is told to the ``ledger``.
     """
 
     def __init__(self, disk: Path, ledger: Ledger | None = None) -> None:
-        try:
-            self.disk = disk.resolve(strict=True)
-        except (OSError, RuntimeError) as error:
-            raise Refused(f"no such disk: {disk}", "Give the path of an image.") from error
-        self.identity("")
+        self.disk = _path_of(disk)
+        if self.is_there:
+            self.identity("")
         self.beside = SharedDirectory(self.disk.parent)
-        self.epochs = SharedDirectory(self.disk.with_name(f"{self.disk.name}.lease.d"))
+        self.epochs = SharedDirectory(directory_of(self.disk))
         self.queue = SharedDirectory(self.epochs.path / "requests")
         self.hosts = hosts_of(self.disk.parent)
         self.ledger = ledger
         self._seen = 0  # the newest epoch so far: before it nothing needs to be looked at again
 
+    @property
+    def is_there(self) -> bool:
+        """Is there a file, and not only a lease that was left?"""
+        return self.disk.exists()
+
     def identity(self, uuid: str) -> DiskIdentity:
         """The file that is there now, under the name ``uuid``."""
-        found = self.disk.lstat()
+        try:
+            found = self.disk.lstat()
+        except FileNotFoundError as error:
+            raise Refused(f"no such disk: {self.disk}", "Its lease was left.") from error
         if not stat.S_ISREG(found.st_mode):
             raise Refused(
                 f"{self.disk} is not a regular file", "Leases lie beside image files; see doctor."
@@ -73,6 +80,11 @@ class LeaseFile:
         record = self.read_any()
         if record is None:
             return None
+        if record.elsewhere and not (record.owner and self.is_there):
+            raise Refused(
+                f"{self.disk} is not the disk any more: it is {record.elsewhere}",
+                "Use it by that path.",
+            )
         if (seen := found(record, self.identity("").inode)) is None:
             raise BadRecord(
                 f"{self.disk}: its lease is about another file (inode {record.disk.inode})",
@@ -191,6 +203,22 @@ class LeaseFile:
     def withdraw(self, ticket: int) -> None:
         self.queue.remove(f"{_name(ticket)}.answer")
         self.queue.remove(_name(ticket))
+
+
+def _path_of(disk: Path) -> Path:
+    """Where its lease lies beside it, also when only that is left."""
+    with suppress(OSError, RuntimeError):
+        return disk.resolve(strict=True)
+    with suppress(OSError, RuntimeError):
+        left = disk.parent.resolve(strict=True) / disk.name
+        if directory_of(left).is_dir():
+            return left
+    raise Refused(f"no such disk: {disk}", "Give the path of an image.")
+
+
+def directory_of(disk: Path) -> Path:
+    """Where the epochs of a disk's lease lie."""
+    return disk.with_name(f"{disk.name}.lease.d")
 
 
 def hosts_of(pool: Path) -> SharedDirectory:

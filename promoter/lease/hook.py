@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 from promoter.errors import PromoterError, Refused
-from promoter.lease.claim import Acquisition, let_go
+from promoter.lease.claim import Acquisition, follow, let_go
 from promoter.lease.credentials import Credentials
 from promoter.lease.file import LeaseFile
 from promoter.lease.host import Host
@@ -114,12 +114,16 @@ class Holder:
         return failed
 
     def _free(self, store: LeaseFile) -> None:
-        record = store.read()
+        record = store.read_any()
         owner = record.owner if record else None
         mine = owner and (owner.host, owner.guest) == (self._host.name, self._domain.guest)
         if not mine:
             return
+        here = store.disk in {disk.resolve() for disk in self._domain.disks}
+        if record and record.elsewhere and not here:  # what moved the disk was interrupted
+            follow(store, self._host, gone=Path(record.elsewhere) in self._domain.disks)
+            return
         deadline = time.monotonic() + PATIENCE
         while lock_on(store.disk) is Lock.HELD and time.monotonic() < deadline:
             time.sleep(LOOK_EVERY)
-        let_go(store, self._host)
+        let_go(store, self._host, here=here)

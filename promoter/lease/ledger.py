@@ -14,6 +14,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,7 +46,9 @@ class Allowance:
 
 
 class Ledger:
-    """The ledger of ``host``, whose state is in ``state``."""
+    """The ledger of ``host``, whose state is in ``state``. ``on_refusal`` is called for each."""
+
+    on_refusal: Callable[[], None] | None = None
 
     def __init__(self, state: Path, host: str) -> None:
         self._host = host
@@ -94,6 +97,8 @@ class Ledger:
 
     def refused(self, why: str, **about: Any) -> None:
         """Somebody asked and was refused. In a flood some are left out, and counted."""
+        if self.on_refusal:
+            self.on_refusal()
         with self._one:
             if not self._allowance.take():
                 self._left_out += 1

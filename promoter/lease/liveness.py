@@ -108,6 +108,11 @@ class Silence:
         """Seconds since it was first seen to be ``now``."""
         if now != self._seen:
             self._seen, self._since = now, self._clock()
+        return self.seconds
+
+    @property
+    def seconds(self) -> float:
+        """For how long it has been what it was seen to be last."""
         return self._clock() - self._since
 
 

@@ -31,7 +31,7 @@ def lease_of(file: Path | None) -> LeaseFile | None:
 def layers_below(disk: Path) -> Iterator[Path]:
     """The files that the headers name, as far as they are here."""
     for _ in range(MOST_LAYERS):
-        named = backing_name(disk) or ""
+        named = backing_name(disk) or "" if disk.is_file() else ""
         disk = disk.parent / named.removeprefix("file:")
         if not named or named.startswith("json:") or not disk.is_file():
             return

@@ -112,7 +112,10 @@ class LeaseRecord:
     is being served. ``note`` says why an operator broke a lease. ``alternate`` is the file that
     ``operation`` puts, or has put, in the place of ``disk``, by one rename: either may be found
     until the operation is over. Whatever ends the owner's holding settles it: then the disk is
-    the one that was found.
+    the one that was found. ``elsewhere`` is the path to which ``operation`` moves the disk, or from
+    which it brings it here: each of the two files has a lease, which is the owner's, and names the
+    other. When it is settled, the lease of the one that is not the disk is free and says where the
+    disk is.
     """
 
     disk: DiskIdentity
@@ -128,6 +131,7 @@ class LeaseRecord:
     note: Text = ""
     operation: Operation | None = None
     alternate: DiskIdentity | None = None
+    elsewhere: Text | None = None
 
     def __post_init__(self) -> None:
         if fault := _fault(self):
@@ -153,6 +157,8 @@ def _fault(record: LeaseRecord) -> str:
         return f"{record.state} and worked on"
     if record.alternate and not record.operation:
         return "an alternate without an operation"
+    if record.elsewhere and not (record.operation or record.state is State.FREE):
+        return f"{record.state}, and elsewhere without an operation"
     return ""
 
 

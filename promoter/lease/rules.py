@@ -52,6 +52,10 @@ class Illegal(Refused):
     """A step that the rules do not allow; nothing was changed."""
 
 
+class Unsettled(Illegal):
+    """An operation that moved the disk was interrupted: it may be either of two files."""
+
+
 class Step(StrEnum):
     """What leads from one record to the next."""
 
@@ -67,6 +71,8 @@ class Step(StrEnum):
     READERS = "readers"
     WORK = "work"
     WORK_DONE = "work done"
+    MOVE_IN = "move in"
+    MOVED = "moved"
 
 
 STEPS: Mapping[tuple[State | None, Step], State] = {
@@ -91,6 +97,9 @@ STEPS: Mapping[tuple[State | None, Step], State] = {
     (State.HELD, Step.WORK): State.HELD,
     (State.HELD, Step.WORK_DONE): State.HELD,
     (State.RELEASING, Step.WORK_DONE): State.RELEASING,
+    (State.FREE, Step.MOVE_IN): State.HELD,
+    (State.HELD, Step.MOVED): State.FREE,
+    (State.RELEASING, Step.MOVED): State.FREE,
 }
 """An absent pair is illegal."""
 
@@ -99,12 +108,14 @@ STEPS: Mapping[tuple[State | None, Step], State] = {
 class Closed:
     """Proof that a disk is closed here: the guest has no node of it any more, and a fresh
     file descriptor found QEMU's lock bytes free. ``idle``: no operation is at work that could
-    put another file in its place.
+    put another file in its place. ``here``: where an operation was to move the disk, it is this
+    file and not the one elsewhere.
     """
 
     node_gone: bool
     locks_free: bool
     idle: bool = True
+    here: bool = False
 
 
 def create(disk: DiskIdentity, owner: Owner, stamp: Stamp) -> LeaseRecord:
@@ -127,6 +138,7 @@ def claim(
     grant to somebody else lapse. ``through``: overlays that the claimant may write below.
     ``lender_lives``: the process that lent it runs here, and its guest waits for this disk.
     """
+    _expect(record.elsewhere is None, f"the disk is {record.elsewhere} now")
     _expect(_may_claim(record, owner.host, unchanged), f"it is granted to {_grantee(record)}")
     others = set(record.readers) - set(through)
     _expect(not others, f"{', '.join(sorted(others))} read through it")
@@ -162,6 +174,7 @@ def resume(
     same_boot = before.boot == owner.boot
     _expect(not (same_boot and process_alive), f"process {before.pid} of this host holds it")
     _expect(lock is Lock.FREE, "a QEMU has the disk open")
+    _expect_settled(record)
     return _next(record, Step.RESUME, stamp, owner=owner, request=None)
 
 
@@ -182,7 +195,7 @@ def free(
 ) -> LeaseRecord:
     """The owner has closed the disk. A borrowed one goes back to its lender alone."""
     _expect(_is_host(record.owner, host), "only its owner frees it")
-    _expect_closed(closed)
+    _expect_closed(record, closed)
     if lender := record.lender:
         grant = Grant(lender.host, record.request or record.nonce, None)
     return _next(record, Step.FREE, stamp, owner=None, grant=grant)
@@ -193,7 +206,7 @@ def lend(record: LeaseRecord, host: str, closed: Closed, grant: Grant, stamp: St
     _expect(_is_host(record.owner, host), "only its owner lends it")
     _expect(record.lender is None, "it is borrowed")
     _expect(grant.host != host, "a loan is for another host")
-    _expect_closed(closed)
+    _expect_closed(record, closed)
     return _next(record, Step.LEND, stamp, owner=None, lender=record.owner, grant=grant)
 
 
@@ -214,6 +227,7 @@ def take_over(
     found = verdict(evidence)
     _expect(found is Verdict.TAKE, EXPLAINED[found])
     _expect(evidence.fenced or not record.alternate, CHANGING)
+    _expect_settled(record)
     lender = record.lender
     _expect(lender is None or lender.host == owner.host, "it is borrowed: its lender's to take")
     _expect(lender in (None, owner) or not lender_lives, WAITED_FOR)
@@ -257,18 +271,21 @@ def work(
     operation: Operation,
     stamp: Stamp,
     alternate: DiskIdentity | None = None,
+    elsewhere: str | None = None,
 ) -> LeaseRecord:
     """An operation of the owner's works on the disk from now on; it may put ``alternate``, a file
-    with the same bytes, in its place. Nobody is given the disk meanwhile.
+    with the same bytes, in its place, or have the guest use one at the path ``elsewhere``. Nobody
+    is given the disk meanwhile.
     """
     _expect(_is_host(record.owner, host), "only its owner works on it")
     other = record.operation
-    if other and other.id != operation.id and record.alternate:
+    if other and other.id != operation.id and (record.alternate or record.elsewhere):
         raise Illegal(
             f"{other.kind} {other.id} was interrupted as it changed the disk",
             f"Finish it first: promoter job resume {other.id}",
         )
-    return _next(record, Step.WORK, stamp, operation=operation, alternate=alternate)
+    changes = {"operation": operation, "alternate": alternate, "elsewhere": elsewhere}
+    return _next(record, Step.WORK, stamp, **changes)
 
 
 def work_done(record: LeaseRecord, host: str, operation: str, stamp: Stamp) -> LeaseRecord:
@@ -277,6 +294,30 @@ def work_done(record: LeaseRecord, host: str, operation: str, stamp: Stamp) -> L
     mine = record.operation is not None and record.operation.id == operation
     _expect(mine, f"operation {operation} does not work on it")
     return _next(record, Step.WORK_DONE, stamp)
+
+
+def move_in(
+    before: LeaseRecord | None, disk: DiskIdentity, moving: LeaseRecord, path: str, stamp: Stamp
+) -> LeaseRecord:
+    """The file ``disk`` is its owner's, before the disk at ``path`` moves to it, whose lease is
+    ``moving``. ``before`` is what the lease of an earlier file of its name says.
+    """
+    _expect(moving.operation is not None, "no operation works on it")
+    assert moving.owner, "what is worked on has one"
+    if before is None:
+        made = create(disk, moving.owner, stamp)
+    else:
+        gone = {"grant": None, "request": None, "readers": ()}
+        made = _next(before, Step.MOVE_IN, stamp, owner=moving.owner, **gone)
+    return replace(repin(made, disk), operation=moving.operation, elsewhere=path)
+
+
+def moved(record: LeaseRecord, host: str, stamp: Stamp) -> LeaseRecord:
+    """The disk is not this file any more, or never came to be, but the one elsewhere."""
+    _expect(_is_host(record.owner, host), "only its owner moves it")
+    _expect(record.elsewhere is not None, "nothing has moved it")
+    gone = {"owner": None, "lender": None, "request": None}
+    return _next(record, Step.MOVED, stamp, **gone, elsewhere=record.elsewhere)
 
 
 def found(record: LeaseRecord, inode: int) -> LeaseRecord | None:
@@ -295,12 +336,13 @@ def _next(record: LeaseRecord, step: Step, stamp: Stamp, **changes: Any) -> Leas
     if record.epoch == LAST_EPOCH:
         raise Illegal(f"{step}: epoch {LAST_EPOCH} is the last there is")
     place = {"epoch": record.epoch + 1, "state": state, "nonce": stamp.nonce, "wall": stamp.wall}
-    over = {"note": "", "operation": None, "alternate": None}
+    over = {"note": "", "operation": None, "alternate": None, "elsewhere": None}
     return replace(record, **{**over, **changes, **place})
 
 
 def _work_on(record: LeaseRecord) -> dict[str, Any]:
-    return {"operation": record.operation, "alternate": record.alternate}
+    at_work = ("operation", "alternate", "elsewhere")
+    return {name: getattr(record, name) for name in at_work}
 
 
 LOOK_AGAIN = "See what it says now: promoter lease show DISK"
@@ -311,10 +353,22 @@ def _expect(holds: bool, otherwise: str) -> None:
         raise Illegal(f"the lease stays as it is: {otherwise}", LOOK_AGAIN)
 
 
-def _expect_closed(closed: Closed) -> None:
+def _expect_closed(record: LeaseRecord, closed: Closed) -> None:
     _expect(closed.node_gone, "the guest still has the disk")
     _expect(closed.locks_free, "QEMU's lock bytes are not free")
     _expect(closed.idle, "an operation works on it")
+    if not closed.here:
+        _expect_settled(record)
+
+
+def _expect_settled(record: LeaseRecord) -> None:
+    """Nobody is to take yesterday's disk, or a copy that is not whole, for the disk."""
+    if record.elsewhere and (operation := record.operation):
+        raise Unsettled(
+            f"{operation.kind} {operation.id} was interrupted as it moved the disk: it is this file"
+            f" or {record.elsewhere}",
+            f"Finish it first: promoter job resume {operation.id}",
+        )
 
 
 def _expect_mine_or_free(record: LeaseRecord, host: str) -> None:
@@ -433,6 +487,7 @@ class Role(StrEnum):
 
     REQUEST = "request"
     REQUEST_RUNNING = "request-running"
+    METRICS = "metrics"
 
 
 NEEDED: Mapping[Policy, Role] = {

@@ -2,9 +2,10 @@
 
 It claims the disks, runs the command, beats, answers release requests that it finds on the
 storage (at once when the agent wakes it, by SIGURG), and frees the disks when the command has
-ended and their locks are free. Trouble with the storage never ends the guest: the image lock
-protects the disk, and others only wait. A disk that it has lent it claims again when the rules
-allow, for the guest that waits, as long as the lease names this very process as its lender.
+ended and their locks are free. A disk that an operation has moved is served where it is then.
+Trouble with the storage never ends the guest: the image lock protects the disk, and others only
+wait. A disk that it has lent it claims again when the rules allow, for the guest that waits, as
+long as the lease names this very process as its lender.
 
 Killed itself, it leaves its command running and the leases held; the next ``promoter run`` on
 this host takes them up when nothing has the disks open.
@@ -180,6 +181,7 @@ class LeasedRun:
             self.owner,
             credentials=self.credentials,
             heard=heard,
+            clock=self._clock,
             borrow=self.spec.borrow,
         )
         record = await asyncio.to_thread(self._acquisition.run, self.spec.timeout)
@@ -237,10 +239,32 @@ class LeasedRun:
         bell = self._bells[store]
         while True:
             bell.clear()
+            store = await self._followed(store)
             await self._tolerantly(store.disk, partial(self._alone, self._answer_all, store))
             await self._bring_back(store)
             with suppress(TimeoutError):
                 await asyncio.wait_for(bell.wait(), ANSWER_EVERY)
+
+    async def _followed(self, store: LeaseFile) -> LeaseFile:
+        """The disk's lease, which an operation may have moved with the disk."""
+        moved: list[LeaseFile] = []
+        await self._tolerantly(store.disk, partial(self._alone, self._follow, store, moved))
+        if not moved:
+            return store
+        (there,) = moved
+        heart = Heartbeat(there.hosts, self.host)
+        self.hearts.append(heart)
+        await self._tolerantly(there.disk, heart.beat)
+        self.stores[self.stores.index(store)] = there
+        self._held[self._held.index(store)] = there
+        self._since[there] = self._since[store]
+        self._bells[there] = self._bells[store]
+        self.say("moved", store.disk, f"the disk is {there.disk}")
+        return there
+
+    def _follow(self, store: LeaseFile, moved: list[LeaseFile]) -> None:
+        if store in self._held and (there := claim.follow(store, self.host, gone=False)):
+            moved.append(there)
 
     def _answer_all(self, store: LeaseFile) -> None:
         waiting = store.requests()
@@ -444,7 +468,9 @@ class LeasedRun:
             await self._tolerantly(store.disk, claiming)
             if store not in self._held:
                 self.say("trouble", store.disk, "it is still lent; it goes back to this host")
-        for store in tuple(self._held):
+        for held in tuple(self._held):
+            await self._wait_until_closed(held)
+            store = await self._followed(held)
             await self._wait_until_closed(store)
             await self._tolerantly(store.disk, partial(self._alone, self._free_one, store))
 
@@ -465,7 +491,7 @@ class LeasedRun:
 
     def _in_use(self, store: LeaseFile) -> str:
         """Why it cannot be freed yet."""
-        if lock_on(store.disk) is Lock.HELD:
+        if store.is_there and lock_on(store.disk) is Lock.HELD:
             return "a QEMU still has it open"
         record = store.read_any()
         if record and record.operation and self.host.works(record):
@@ -473,7 +499,7 @@ class LeasedRun:
         return ""
 
     def _free_one(self, store: LeaseFile, *, node_gone: bool = True) -> None:
-        freed = let_go(store, self.host, node_gone=node_gone)
+        freed = let_go(store, self.host, node_gone=node_gone, here=True)
         self._held.remove(store)
         to = f"for host {freed.grant.host}" if freed.grant else ""
         self.say("released", store.disk, f"epoch {freed.epoch} {to}".strip())

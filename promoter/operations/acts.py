@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import replace
 
 from promoter.errors import JobFailed, Refused
-from promoter.operations import clearing, copying, proving, seeding, switching, verify
+from promoter.operations import clearing, copying, proving, seeding, switching, undo, verify
 from promoter.operations.course import Course
 from promoter.operations.move import Action, DiskIntent, Do, Kind, next_of_each
 from promoter.operations.promote import plan_disk
@@ -41,6 +41,8 @@ async def _together(course: Course, do: Do) -> None:
             await switching.snapshot(course)
         case Do.SWITCH_OVER:
             await switching.switch_over(course)
+        case Do.TIDY if course.intent.kind is Kind.UNDO:
+            await undo.tidy(course)
         case Do.TIDY:
             await clearing.tidy(course)
         case _:
@@ -54,7 +56,7 @@ async def _one(course: Course, do: Do, index: int, disk: DiskIntent) -> None:
         case Do.COMMIT_NAME:
             await switching.name(course, disk, disk.names.target)
         case Do.PREPARE:
-            await asyncio.to_thread(course.leases.announce, disk)
+            await asyncio.to_thread(course.leases.announce, disk, disk.new)
             disk.names.prepare()
         case Do.DISCARD if disk.names.remote:
             await clearing.discard_remote(course, index, disk)
@@ -70,6 +72,8 @@ async def _one(course: Course, do: Do, index: int, disk: DiskIntent) -> None:
             await copying.start_remote(course, index, disk)
         case Do.MIRROR:
             await copying.start(course, course.with_its_nodes(index, disk))
+        case Do.GO_BACK:
+            await undo.go_back(course, disk)
         case Do.VERIFY:
             await proving.verify_disk(course, index, disk)
         case Do.DETACH:

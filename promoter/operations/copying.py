@@ -72,8 +72,6 @@ async def _begin(course: Course, disk: DiskIntent, spec: Start) -> None:
         course.save(replace(course.intent, stopped=False))
     else:
         await course.alive.begin(spec)
-    if (speed := course.intent.choices.speed) != spec.speed:
-        await course.alive.set_speed(disk.job, speed)
 
 
 async def await_ready(course: Course) -> None:
@@ -81,6 +79,8 @@ async def await_ready(course: Course) -> None:
     if course.intent.domain:
         course.worker = course.worker or await Worker.start()
     running = course.with_job(Job.RUNNING)
+    if course.going.is_set():
+        await _set_speeds(course, running)
     following = [disk for disk in running if course.intent.follows(disk)]
     keep_slowing = course.slowing.keep_slowing(course.alive, following)
     slowing = asyncio.create_task(keep_slowing, name="convergence")
@@ -102,6 +102,13 @@ async def await_ready(course: Course) -> None:
         slowing.cancel()
         relieving.cancel()
         await asyncio.gather(slowing, relieving, return_exceptions=True)
+
+
+async def _set_speeds(course: Course, disks: list[DiskIntent]) -> None:
+    """It may have been changed while nobody could tell the guest."""
+    for disk in disks:
+        with suppress(CommandFailed):  # it has just ended
+            await course.alive.set_speed(disk.job, course.intent.choices.speed)
 
 
 async def _wait_until_ready(

@@ -18,11 +18,11 @@ from promoter.guests.base import ConnectionLost, Domain, Guest, GuestView, NoGue
 from promoter.operations.history import History
 from promoter.operations.journal import Journal, NoteKind
 from promoter.operations.leases import Leases
-from promoter.operations.leftovers import kept_files
-from promoter.operations.move import DiskIntent, DiskSeen, Failure, Job, Move, Seen, Way
+from promoter.operations.leftovers import kept_files, undone_file
+from promoter.operations.move import DiskIntent, DiskSeen, Failure, Job, Kind, Move, Seen, Way
 from promoter.operations.outcome import DiskReport
 from promoter.operations.slowing import Slowing
-from promoter.operations.suspended import LONGEST_ABSENCE, Done, Work, Worker
+from promoter.operations.suspended import LONGEST_ABSENCE, LONGEST_STANDSTILL, Done, Work, Worker
 from promoter.storage.files import is_locked, is_open
 from promoter.storage.pace import Pace
 from promoter.values import to_json
@@ -56,6 +56,7 @@ class Course:
         self.paces: dict[str, Pace] = {}
         self.slowing = Slowing(lambda: self.intent.limits, self._remember_limits)
         self.paused_in_vain = 0
+        self.hurried = False
         self.began = time.monotonic()
 
     def save(self, intent: Move) -> None:
@@ -68,13 +69,17 @@ class Course:
 
     def report(self, disk: DiskIntent) -> DiskReport:
         names = disk.names
-        snapshot = disk.way is Way.SNAPSHOT
-        source = names.aside if snapshot else names.path
-        method = disk.method if disk.way is Way.MIRROR else None
+        undo = self.intent.kind is Kind.UNDO
+        source = names.aside if disk.way is Way.SNAPSHOT else names.path
+        method = disk.method if disk.way is Way.MIRROR and not undo else None
         report = self.reports.setdefault(
             disk.mark,
             DiskReport(disk.name, source, names.target, disk.way, method, node=disk.node),
         )
+        if undo:
+            report.target, report.old = names.path, undone_file(disk)
+            report.source, report.kept = report.old, (report.old,)
+            return report
         report.target = names.path if names.in_place else names.target
         if disk.verdict:
             report.verified = disk.verdict.same is not None
@@ -123,8 +128,7 @@ class Course:
 
     async def view(self) -> GuestView | None:
         """One look at the guest, or None when it is certainly gone."""
-        patience = LONGEST_ABSENCE if self.intent.domain else LONGEST_DEATH
-        deadline = time.monotonic() + patience
+        began = time.monotonic()
         lost = 0
         while True:
             try:
@@ -141,7 +145,7 @@ class Course:
                         continue
                 if not self.intent.domain and not await asyncio.to_thread(self._in_use):
                     return None
-                if time.monotonic() > deadline:
+                if time.monotonic() - began > self._patience:
                     raise Interrupted(
                         f"{error.message}, but its disks may be in use",
                         f"{error.hint} Then: promoter job resume {self.id}",
@@ -149,6 +153,13 @@ class Course:
                 await asyncio.sleep(0.2)
             else:
                 return self.looked
+
+    @property
+    def _patience(self) -> float:
+        if not self.intent.domain:
+            return LONGEST_DEATH
+        stands = self.intent.stopped and not self.hurried
+        return LONGEST_STANDSTILL if stands else LONGEST_ABSENCE
 
     def _in_use(self) -> bool:
         names = [

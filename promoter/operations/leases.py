@@ -14,6 +14,10 @@ another there. Between `announce` and `leave` either file is the disk, so that a
 whoever dies, the lease is about the file that the path leads to. Nothing here is remembered: each
 act looks at the lease and can be repeated, by ``job resume`` too.
 
+With a target elsewhere there is another path, and a lease there. At `announce` that one is made, as
+its owner's, and each lease names the other's path; at `leave` the lease of the file that is not the
+disk becomes free, and says where the disk is. In between nobody else can have either.
+
 The readers that a base's lease lists are taken off it when they do not read through it any more.
 """
 
@@ -26,13 +30,14 @@ from functools import partial
 from pathlib import Path
 
 from promoter.blockjob import Progress
-from promoter.chain import Disk
+from promoter.chain import Disk, FileId
 from promoter.errors import LeaseHeld, PromoterError, Refused
 from promoter.lease import rules
 from promoter.lease.claim import describe
-from promoter.lease.file import LeaseFile
+from promoter.lease.file import LeaseFile, directory_of
 from promoter.lease.host import Host, new_stamp, runs_under, this_host
-from promoter.lease.readers import lease_of
+from promoter.lease.ledger import Ledger
+from promoter.lease.readers import enter, lease_of
 from promoter.lease.record import DiskIdentity, LeaseRecord, Operation, Owner, State, Work
 from promoter.operations.move import DiskIntent, Move, Old, Way
 from promoter.storage.names import boot_name
@@ -54,6 +59,7 @@ def check_leases(intents: Iterable[DiskIntent], old: Old, pid: int | None, state
             host = this_host(state)
             _check_disk(store, intent.name, intent.identity, pid, host)
             _check_way(store, intent)
+            _check_target(intent)
             if old is Old.DELETE and intent.way is not Way.SNAPSHOT:
                 _check_unread(store, intent)
         for image in intent.chain.below:
@@ -113,16 +119,41 @@ def _is_under(pid: int | None, owner: Owner) -> bool:
 def _check_way(store: LeaseFile, intent: DiskIntent) -> None:
     """Does the disk keep the path that its lease lies beside?"""
     names = intent.names
-    if intent.way is not Way.COMMIT_BELOW and not names.in_place:
+    if _moves(intent) and intent.way is not Way.MIRROR:
         raise Refused(
             f"{intent.name}: {store.disk} has a lease, which does not follow it to {names.target}",
-            "Only what leaves the disk where it is, is done under a lease: plain QEMU, in place.",
+            "Where the old file stays below the new one, or the new one is a layer, that is done"
+            " under a lease only in place: plain QEMU. A domain's disk can be promoted.",
         )
     if names.path.is_symlink():
         raise Refused(
             f"{intent.name}: {names.path} is a symbolic link, and the lease lies beside"
             f" {store.disk}",
             "Start the guest with the disk's own path.",
+        )
+
+
+def _moves(intent: DiskIntent) -> bool:
+    """Does the disk get another path?"""
+    return intent.way is not Way.COMMIT_BELOW and not intent.names.in_place
+
+
+def _check_target(intent: DiskIntent) -> None:
+    """Can the lease follow the disk there?"""
+    if not _moves(intent):
+        return
+    target = intent.names.target
+    if target.exists() and not target.is_file():
+        raise Refused(
+            f"{intent.name}: it has a lease, which cannot follow it to {target}",
+            "Leases lie beside image files: choose a file.",
+        )
+    there = _left_at(target)
+    if there and (record := there.read_any()) and record.state is not State.FREE:
+        raise Refused(
+            f"{intent.name}: {target} has a lease already: {record.state} by"
+            f" {describe(record.responsible)}",
+            "Choose another target.",
         )
 
 
@@ -180,7 +211,9 @@ class Leases:
         return written
 
     def _put(self, store: LeaseFile, make: Write) -> bool:
-        record = _write(store, make)
+        return self._note(store, _write(store, make))
+
+    def _note(self, store: LeaseFile, record: LeaseRecord | None) -> bool:
         if record:
             self._written.append({"file": str(store.disk), "epoch": record.epoch})
         return record is not None
@@ -193,11 +226,16 @@ class Leases:
                 self._put(store, partial(_begun, host, self._operation))
                 self._joined.add(store.disk)
 
-    def announce(self, disk: DiskIntent) -> None:
-        """The disk's new file may take its place from now on."""
-        if not disk.names.in_place or disk.new is None or not (store := _of(disk)):
+    def announce(self, disk: DiskIntent, new: FileId | None) -> None:
+        """This file may take the disk's place from now on."""
+        if (store := _of(disk)) is None:
             return
-        new, host = disk.new, this_host(self._state)
+        if _moves(disk):
+            self._announce_move(disk, store)
+            return
+        if not disk.names.in_place or new is None:
+            return
+        host = this_host(self._state)
 
         def write(record: LeaseRecord) -> LeaseRecord | None:
             if new.inode in _inodes(record):
@@ -207,12 +245,42 @@ class Leases:
 
         self._put(store, write)
 
+    def _announce_move(self, disk: DiskIntent, store: LeaseFile) -> None:
+        """First the lease of the new file: there is no moment at which the disk has none."""
+        host, target = this_host(self._state), str(disk.names.target)
+        there = LeaseFile(disk.names.target, Ledger(self._state, host.name))
+        self._note(there, _move_in(there, _read(store), str(store.disk), host))
+        self._joined.add(there.disk)
+        enter(there.disk, host)
+
+        def write(record: LeaseRecord) -> LeaseRecord | None:
+            if record.elsewhere == target:
+                return None
+            return rules.work(record, host.name, self._operation, new_stamp(), elsewhere=target)
+
+        self._put(store, write)
+
     def leave(self, disks: Iterable[DiskIntent]) -> None:
         """The operation is over: the disk is the file that lies there."""
         for disk in disks:
-            if store := _of(disk):
+            if _moves(disk):
+                self._leave_moved(disk)
+            elif store := _of(disk):
                 self._put(store, partial(_ended, this_host(self._state), self._operation))
         self._joined.clear()
+
+    def _leave_moved(self, disk: DiskIntent) -> None:
+        if disk.names.remote:
+            return
+        host, paths = this_host(self._state), [disk.names.target, disk.names.path]
+        if disk.names.is_old():
+            self._take_off_everywhere(disk, {disk.names.target})
+            paths.reverse()
+        stays, goes = (_left_at(path, Ledger(self._state, host.name)) for path in paths)
+        if stays:
+            self._note(stays, _end(stays, partial(_ended, host, self._operation)))
+        if goes:
+            self._note(goes, _end(goes, partial(_gone, host, self._operation)))
 
     def note(self, disk: str, phase: str, progress: Progress) -> None:
         """How far the operation is with a disk."""
@@ -245,6 +313,15 @@ class Leases:
             if gone and (store := lease_of(file)):
                 self._take_off(store, gone)
 
+    def put_on_readers(self, disk: DiskIntent) -> None:
+        """Enter a disk that went back in the leases of the layers through which it reads again."""
+        enter(disk.names.path, this_host(self._state))
+
+    def _take_off_everywhere(self, disk: DiskIntent, gone: Collection[Path]) -> None:
+        for image in disk.chain.below:
+            if store := lease_of(image.file):
+                self._take_off(store, gone)
+
     def _take_off(self, store: LeaseFile, gone: Collection[Path]) -> None:
         host = this_host(self._state)
 
@@ -263,8 +340,8 @@ def _begun(host: Host, operation: Operation, record: LeaseRecord) -> LeaseRecord
     if record.operation == operation and record.state is State.HELD:
         return None
     mine = record.operation is not None and record.operation.id == operation.id
-    alternate = record.alternate if mine else None
-    return rules.work(record, host.name, operation, new_stamp(), alternate)
+    kept = (record.alternate, record.elsewhere) if mine else (None, None)
+    return rules.work(record, host.name, operation, new_stamp(), *kept)
 
 
 def _ended(host: Host, operation: Operation, record: LeaseRecord) -> LeaseRecord | None:
@@ -272,6 +349,51 @@ def _ended(host: Host, operation: Operation, record: LeaseRecord) -> LeaseRecord
     if record.operation is None or record.operation.id != operation.id:
         return None
     return rules.work_done(record, host.name, operation.id, new_stamp())
+
+
+def _gone(host: Host, operation: Operation, record: LeaseRecord) -> LeaseRecord | None:
+    """The record that says where the disk is; None: the lease does not say that it was moved."""
+    if record.operation is None or record.operation.id != operation.id or not record.elsewhere:
+        return None
+    return rules.moved(record, host.name, new_stamp())
+
+
+def _move_in(there: LeaseFile, moving: LeaseRecord, path: str, host: Host) -> LeaseRecord | None:
+    """Have the new file be its owner's, before the disk at ``path`` moves to it; None: it is."""
+    while True:
+        before, stamp = there.read_any(), new_stamp()
+        now = there.identity(before.disk.uuid if before else stamp.nonce)
+        if before is None or before.operation != moving.operation:
+            made = rules.move_in(before, now, moving, path, stamp)
+        elif before.disk.inode != now.inode:  # it was made anew
+            assert moving.operation, "looked at"
+            again = rules.work(before, host.name, moving.operation, stamp, elsewhere=path)
+            made = rules.repin(again, now)
+        else:
+            return None
+        if there.compare_and_swap(before.epoch if before else 0, made):
+            return made
+
+
+def _end(store: LeaseFile, make: Write) -> LeaseRecord | None:
+    """Write the record that ``make`` makes of the newest one, whatever file is there; None when
+    it makes none.
+    """
+    while record := store.read_any():
+        made = make(record)
+        if made is None:
+            return None
+        if store.compare_and_swap(record.epoch, made):
+            return made
+    raise AssertionError("epochs are never removed")
+
+
+def _left_at(path: Path, ledger: Ledger | None = None) -> LeaseFile | None:
+    """The lease at a path, also of a file that is not there any more; None: it has none."""
+    if not (path.is_file() or directory_of(path).is_dir()):
+        return None
+    store = LeaseFile(path, ledger)
+    return store if store.read_any() else None
 
 
 def _of(disk: DiskIntent) -> LeaseFile | None:
@@ -301,6 +423,8 @@ def _gone_readers(disk: DiskIntent) -> Mapping[Path, set[Path]]:
     own = {name for name in (disk.names.path, disk.chain.active.file) if name}
     vanished = {image.file for image in disk.gone if image.file and not image.file.exists()} - own
     left = set() if disk.way is Way.COMMIT_BELOW else {image.file for image in disk.gone}
+    if _moves(disk):  # what stays below it has it as a reader by its new path
+        left |= {image.file for image in disk.chain.below}
     below = [image.file for image in disk.chain.below if image.file]
     return {file: vanished | (own if file in left else set()) for file in below}
 

@@ -103,6 +103,13 @@ def kept_files(disk: DiskIntent) -> tuple[Path, ...]:
     return files if disk.names.remote else tuple(filter(Path.exists, files))
 
 
+def undone_file(disk: DiskIntent) -> Path:
+    """What the new disk is called once the next boot opens the old one again."""
+    if not disk.names.in_place:
+        return disk.names.target
+    return disk.names.path.with_name(f"{disk.names.path.name}.undone-{disk.identity}")
+
+
 def _merged(disk: DiskIntent) -> dict[Path, Path]:
     """What the layers under the active one are called once they are merged."""
     below = disk.gone if disk.way is Way.COMMIT_BELOW else disk.gone[1:]

@@ -42,11 +42,13 @@ class Kind(StrEnum):
     PROMOTE = "promote"
     CONSOLIDATE = "consolidate"
     SNAPSHOT = "snapshot"
+    UNDO = "undo"
 
     @property
     def done(self) -> str:
         """What it has done to the disks that are named after this word."""
-        return {Kind.SNAPSHOT: "took a snapshot of"}.get(self, f"{self}d")
+        said = {Kind.SNAPSHOT: "took a snapshot of", Kind.UNDO: "went back with"}
+        return said.get(self, f"{self}d")
 
 
 class Old(StrEnum):
@@ -362,6 +364,7 @@ class Do(IntEnum):
     GIVE_UP = 19
     UNLIMIT = 20
     VERIFY = 21
+    GO_BACK = 22
 
 
 FINAL = frozenset({Do.STUCK, Do.DONE, Do.GIVE_UP})
@@ -382,6 +385,8 @@ class Action:
 
 def decide(intent: Move, seen: Seen) -> Action:
     """The next action that brings the move to its end, or safely back."""
+    if intent.kind is Kind.UNDO:
+        return _undo(intent, seen)
     if intent.stopped and seen.alive:
         return Action(Do.CONTINUE)
     needed = next_of_each(intent, seen)
@@ -389,6 +394,16 @@ def decide(intent: Move, seen: Seen) -> Action:
         return _end(intent, seen)
     index, first = min(needed.items(), key=lambda item: item[1])
     return Action(first, None if first in TOGETHER else index)
+
+
+def _undo(intent: Move, seen: Seen) -> Action:
+    """What takes disks that have switched back to their old chains."""
+    for index, disk in enumerate(seen.disks):
+        if disk.named is Named.UNKNOWN:
+            return Action(Do.STUCK)
+        if disk.named is Named.NEW:
+            return Action(Do.GIVE_UP) if intent.failure else Action(Do.GO_BACK, index)
+    return Action(Do.DONE if intent.tidied else Do.TIDY)
 
 
 def next_of_each(intent: Move, seen: Seen) -> dict[int, Do]:

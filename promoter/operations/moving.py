@@ -18,12 +18,12 @@ from promoter.guests.base import CommandFailed, ConnectionLost, Guest
 from promoter.operations import acts, operation, verify
 from promoter.operations.course import Connect, Course, OnProgress
 from promoter.operations.journal import Journal, NoteKind, OperationStatus
-from promoter.operations.move import FINAL, Action, Do, Failure, Move, Seen, decide
+from promoter.operations.move import FINAL, Action, Do, Failure, Kind, Move, Seen, decide
 from promoter.operations.observation import has_made, observe
 from promoter.operations.outcome import DiskReport, error_of
 
-STOPPABLE = frozenset({Do.SEED, Do.AWAIT_READY, Do.VERIFY})
-FORWARD = frozenset({Do.SEED, Do.MIRROR, Do.AWAIT_READY, Do.PREPARE, Do.SWITCH_OVER})
+STOPPABLE = frozenset({Do.SEED, Do.AWAIT_READY, Do.VERIFY, Do.GO_BACK})
+FORWARD = frozenset({Do.SEED, Do.MIRROR, Do.AWAIT_READY, Do.PREPARE, Do.SWITCH_OVER, Do.GO_BACK})
 MUST_WORK = frozenset(
     {Do.CONTINUE, Do.PUT_NAME_BACK, Do.COMMIT_NAME, Do.DETACH, Do.DISCARD, Do.TIDY, Do.UNLIMIT}
 )
@@ -69,7 +69,8 @@ class MoveOperation:
         or `Unreachable` with the guest on its untouched old chain, `Interrupted` half-way.
         """
         self._course.guest = guest
-        if guest is None:  # a resume: the guard may have put the switchover back
+        if guest is None and self.intent.kind is not Kind.UNDO:
+            # a resume: the guard may have put the switchover back
             self._course.history.note(NoteKind.RESUMED)
             self._course.expected_cancels.update(disk.node for disk in self.intent.disks)
             await self._end_pause()
@@ -106,6 +107,7 @@ class MoveOperation:
     def cancel(self) -> None:
         """Ask for the old state; takes effect unless the switchover has begun."""
         self._course.history.note(NoteKind.ASKED, request="cancel")
+        self._course.hurried = True
         self._course.fail(Failure.CANCELLED, "cancelled")
         self._course.going.set()
         self._interrupt()
@@ -113,6 +115,7 @@ class MoveOperation:
     def stop(self) -> None:
         """Leave everything as it is, jobs running, for ``promoter job resume``."""
         self._course.history.note(NoteKind.ASKED, request="stop")
+        self._course.hurried = True
         self._stopped = True
         self._course.going.set()
         self._interrupt()
@@ -204,7 +207,8 @@ class MoveOperation:
             what = "stopped half-way" if self._stopped else "somebody moved its files"
             hint = f"Continue: promoter job resume {self.id}"
             return Interrupted(f"{self.intent.kind} {self.id}: {what}", hint)
-        if any(disk.switched for disk in self._course.seen.disks):
+        switched = any(disk.switched for disk in self._course.seen.disks)
+        if switched and self.intent.kind is not Kind.UNDO:
             self._note_switched()
             names = [d.name for d, s in self._course.pairs() if not s.switched]
             error: PromoterError = Interrupted(

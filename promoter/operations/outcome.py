@@ -7,11 +7,8 @@ from pathlib import Path
 
 from promoter.blockjob import BlockJob
 from promoter.errors import Cancelled, JobFailed, NoSpace, PromoterError, Refused, Unreachable
-from promoter.operations.move import DiskIntent, Failure, Move, Way
-from promoter.storage.files import free_bytes
+from promoter.operations.move import DiskIntent, Failure, Kind, Move, Way
 from promoter.storage.seed import SeedMethod
-
-FULL = 1 << 20  # bytes: less than a request of a copy's
 
 
 @dataclass
@@ -48,26 +45,16 @@ class DiskReport:
 def job_failure(disk: DiskIntent, job: BlockJob) -> tuple[Failure, str]:
     """Why a mirror ended without a switchover."""
     why = job.error or "somebody ended it before the switchover"
-    full = "No space left" in why
-    if not full and _is_full(disk):
-        full, why = True, f"there is no room in {disk.names.target.parent}: {why}"
     return (
-        Failure.NO_SPACE if full else Failure.JOB_FAILED,
+        Failure.NO_SPACE if "No space left" in why else Failure.JOB_FAILED,
         f"{disk.name}: the {disk.way} to {disk.names.target} failed: {why}",
     )
 
 
-def _is_full(disk: DiskIntent) -> bool:
-    """libvirt does not say why a copy failed; but there being no room now is why enough."""
-    names = disk.names
-    if not names.defined or names.remote or not names.target.is_file():
-        return False
-    return free_bytes(names.target.parent) < FULL
-
-
 def error_of(intent: Move) -> PromoterError:
     """The error of what was put back: the guest is on its untouched old chain."""
-    unchanged = "The guest is unchanged on its old chain."
+    chain = "new disk" if intent.kind is Kind.UNDO else "old chain"
+    unchanged = f"The guest is unchanged on its {chain}."
     if left := [str(disk.names.target) for disk in intent.disks if disk.left]:
         unchanged += f" Half-made on its host, if it is there: {', '.join(left)}."
     match intent.failure:

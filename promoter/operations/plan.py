@@ -246,6 +246,10 @@ def _warnings(intent: DiskIntent) -> list[str]:
             f"{intent.name}: only libvirt flushes the domain's new definition: after a power cut on"
             " that host within seconds of the switchover, see what it boots from first"
         )
+        warnings.append(
+            f"{intent.name}: if the connection breaks during the switchover, the domain stays"
+            " suspended until promoter gets there again"
+        )
     if intent.method is SeedMethod.REFLINK:
         warnings.append(
             f"{intent.name}: the new disk shares its extents with the base;"

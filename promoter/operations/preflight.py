@@ -84,13 +84,18 @@ def check_verify(guest: Guest, view: GuestView, disk: Disk) -> None:
         )
 
 
-async def check_domain(domain: Domain, view: GuestView) -> None:
-    """Will the next start open the new disks, and can the guest be suspended for the switchover?"""
+async def check_managed_save(domain: Domain) -> None:
+    """Will the next start open what the definition says?"""
     if await domain.has_managed_save():
         raise Refused(
-            f"{domain.name} has a managed-save image: its next start goes on with the old disks",
+            f"{domain.name} has a managed-save image: its next start goes on with these disks",
             f"Remove it: virsh managedsave-remove {domain.name}",
         )
+
+
+async def check_domain(domain: Domain, view: GuestView) -> None:
+    """Will the next start open the new disks, and can the guest be suspended for the switchover?"""
+    await check_managed_save(domain)
     if view.status == "running" and view.iothreads and loses_interrupts(view.version):
         raise Refused(
             f"QEMU {'.'.join(map(str, view.version))} may lose an interrupt when a guest with"

@@ -23,7 +23,7 @@ from promoter.operations.journal import (
     OperationStatus,
     Step,
 )
-from promoter.operations.move import DiskIntent, Move, Way
+from promoter.operations.move import DiskIntent, Kind, Move, Way
 from promoter.operations.outcome import DiskReport
 from promoter.operations.room import PHASE as WAITING
 from promoter.values import from_builtins, from_json
@@ -190,7 +190,11 @@ def _facts(disk: DiskIntent, move: Move, entry: Entry, notes: Sequence[Note]) ->
             known = note.fields | known | new  # one that was resumed has forgotten what it knew
     report = from_builtins(DiskReport, known) if known else None
     before = tuple(map(_layer, disk.chain))
-    facts = Facts(disk.name, str(disk.way), before, _after(disk, entry, notes, before))
+    after = _after(disk, entry, notes, before)
+    if move.kind is Kind.UNDO:
+        after = before if entry.status is OperationStatus.DONE else ()
+        before = _new_chain(disk, before)
+    facts = Facts(disk.name, str(disk.way), before, after)
     facts = replace(facts, verification=_verification(disk, move))
     if report is None:
         return facts

@@ -56,6 +56,8 @@ LONGEST = 60.0
 MOST_AT_ONCE = 1 << 16
 LONGEST_ABSENCE = 60.0
 """How long libvirtd may be gone, in seconds, before promoter gives up waiting for it."""
+LONGEST_STANDSTILL = 3600.0
+"""The same while a guest stands still that promoter has stopped."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class Worker:
             raise JobFailed("no answer in time while the guest was suspended") from error
         finally:
             await self.dismiss()
-        if self._process.returncode == ConnectionLost.exit_code:
+        if self._process.returncode == Unreachable.exit_code:
             raise ConnectionLost("the guest's host went away while the guest was suspended")
         if self._process.returncode:
             raise JobFailed("the process that had the guest suspended did not end well")
@@ -315,31 +317,33 @@ async def _suspended(guest: Guest, work: Work) -> Done:
 
 
 async def _run(work: Work) -> Done:
-    guest = await _connect(work.guest)
+    try:
+        guest = await _reach(work.guest)
+    except Unreachable as error:
+        return Done(None, (error.message,))
     try:
         return await _work(guest, work)
     except ConnectionLost:
         await guest.close()
         if isinstance(work.guest, DomainAddress):
-            guest = await _come_back(work.guest)
+            guest = await _reach(work.guest)
             await go_on(guest, work.pivot, frozen=work.quiesce)
         raise
     finally:
         await guest.close()
 
 
-async def _connect(address: DomainAddress | str) -> Guest:
+async def _reach(address: DomainAddress | str) -> Guest:
     if isinstance(address, str):
         return await connect.plain(Path(address))
-    return await connect.domain(address.uuid, address.uri)
-
-
-async def _come_back(address: DomainAddress) -> Guest:
-    async with asyncio.timeout(LONGEST_ABSENCE):
-        while True:
-            with suppress(Unreachable):
-                return await _connect(address)
-            await asyncio.sleep(0.1)
+    deadline = time.monotonic() + LONGEST_ABSENCE
+    while True:
+        try:
+            return await connect.domain(address.uuid, address.uri)
+        except Unreachable:
+            if time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(0.1)
 
 
 def main() -> None:
@@ -349,7 +353,7 @@ def main() -> None:
         return
     try:
         done = asyncio.run(_run(from_json(Work, work)))
-    except ConnectionLost as error:
+    except Unreachable as error:
         sys.exit(error.exit_code)
     sys.stdout.write(to_json(done))
 

@@ -29,10 +29,12 @@ from promoter.errors import Different, PromoterError
 from promoter.guests.base import CommandFailed, ConnectionLost, Domain, Guest, PlainGuest, ViewSpec
 from promoter.operations.move import DiskIntent, Move, Verdict
 from promoter.storage import images
+from promoter.storage.images import Backing
 from promoter.storage.pace import Pace
 
 T = TypeVar("T")
 NOT_TAKEN = "the guest did not stand still at the switchover, or promoter was interrupted in it"
+MOST_TOLD = 20
 GONE = "the guest went away before the comparison was done"
 
 
@@ -150,7 +152,25 @@ async def _compare(
     whole, sure = view
     found = await _while_there(guest, images.compare(old_chain(disk), whole, pace, tell))
     await _while_there(guest, images.read_a_little(sure))
-    return Verdict(difference=found) if found else Verdict(same=disk.virtual_size)
+    if not found:
+        return Verdict(same=disk.virtual_size)
+    return Verdict(difference=found + await _while_there(guest, _where(disk, whole, pace)))
+
+
+async def _where(disk: DiskIntent, view: str, pace: Pace) -> str:
+    """All the places where old chain and view differ, or why they are not known."""
+    old = Backing(disk.names.aside, disk.chain.active.format)
+    scratch = disk.part.with_name(f"{disk.part.name}.delta")
+    try:
+        places = await images.where_they_differ(old, view, disk.virtual_size, scratch, pace)
+    except ConnectionLost:
+        raise
+    except PromoterError as error:
+        return f" (where else is not known: {error.message})"
+    total = sum(map(len, places))
+    told = ", ".join(f"{place.start:#x} to {place.stop:#x}" for place in places[:MOST_TOLD])
+    more = f" and {len(places) - MOST_TOLD} more" if len(places) > MOST_TOLD else ""
+    return f" In all {total:,} bytes, by clusters: {told}{more}"
 
 
 async def _while_there(guest: Guest, work: Coroutine[None, None, T]) -> T:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from promoter.chain import FileId, FileStamp
 
 QEMU_PERMISSION_BYTES = range(100, 104)
 QEMU_UNSHARED_BYTES = range(200, 204)
+WRITE, RESIZE = 1, 3
+"""Which of these bytes are a permission's (QAPI ``BlockPermission``)."""
+LOCK = "hhqqi4x"
+"""``struct flock``."""
 
 
 def file_id(path: Path) -> FileId | None:
@@ -104,20 +110,39 @@ def is_locked(path: Path) -> bool:
         os.close(fd)
 
 
+@contextmanager
+def kept_from_writers(path: Path) -> Iterator[None]:
+    """No QEMU can open the file to write meanwhile. Raises BlockingIOError when one has it so.
+
+    Source: QEMU's block/file-posix.c, as a process that does not share the permissions to write
+    and to resize: it takes its locks, and then looks for those of others.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for permission in (WRITE, RESIZE):
+            byte = QEMU_UNSHARED_BYTES[permission]
+            request = struct.pack(LOCK, fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0)
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
+        if any(_busy(fd, QEMU_PERMISSION_BYTES[permission]) for permission in (WRITE, RESIZE)):
+            raise BlockingIOError(errno.EAGAIN, "a process may write to it", str(path))
+        yield
+    finally:
+        os.close(fd)
+
+
 def is_written(path: Path) -> bool:
     """Does a QEMU process hold the lock of one that may write to the file?"""
     fd = os.open(path, os.O_RDONLY)
     try:
-        return _busy(fd, QEMU_PERMISSION_BYTES[1])
+        return _busy(fd, QEMU_PERMISSION_BYTES[WRITE])
     finally:
         os.close(fd)
 
 
 def _busy(fd: int, byte: int) -> bool:
-    layout = "hhqqi4x"
-    request = struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+    request = struct.pack(LOCK, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
     answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, request)
-    found: int = struct.unpack(layout, answer)[0]
+    found: int = struct.unpack(LOCK, answer)[0]
     return found != fcntl.F_UNLCK
 
 

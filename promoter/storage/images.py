@@ -205,6 +205,33 @@ async def compare(
     )
 
 
+async def where_they_differ(
+    image: Backing, other: str, virtual_size: int, scratch: Path, pace: Pace
+) -> list[range]:
+    """Where a chain, by its headers, and what ``other`` describes show different contents: bytes,
+    by whole clusters of 64 KiB. ``scratch`` takes what differs, and is removed.
+
+    Source: ``qemu-img rebase`` writes it into an overlay, of which ``qemu-img map`` tells.
+    """
+    scratch.unlink(missing_ok=True)
+    try:
+        over = ("-u", "-b", other, "-F", "raw", str(scratch), str(virtual_size))
+        await _qemu_img("create", "-f", "qcow2", *over)
+        onto = ("-U", "-f", "qcow2", *image.arguments, str(scratch))
+        await _qemu_img("rebase", *onto, pace=pace, counted=_read_so_far)
+        mapped = await _qemu_img("map", "-U", "--output=json", "-f", "qcow2", str(scratch))
+    finally:
+        scratch.unlink(missing_ok=True)
+    own = [extent for extent in json.loads(mapped) if extent["depth"] == 0]
+    found: list[range] = []
+    for extent in own:
+        start, end = extent["start"], extent["start"] + extent["length"]
+        if found and found[-1].stop == start:
+            start = found.pop().start
+        found.append(range(start, end))
+    return found
+
+
 async def read_a_little(image: str) -> None:
     """Can an image be read, one that qemu-img is told of? Raises `ImageError`."""
     await _qemu_img("bench", "-c", "1", "-d", "1", "-s", "512", image)
