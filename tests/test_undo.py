@@ -193,7 +193,10 @@ def test_an_old_chain_that_is_not_what_it_was_is_left_alone(tmp_path: Path) -> N
     subprocess.run(["qemu-io", "-c", f"write -q {SPARE_OFFSET} 64k", middle], check=True)
     refused("what lies below")
     old.unlink()
-    refused("is gone")
+    refused("its old overlay")
+    clone.rename(tmp_path / "away.qcow2")
+    gone = promoter(state, "job", "undo", ran.result["id"], "--json")
+    assert gone.code == 4, gone.out
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
@@ -211,6 +214,7 @@ def test_what_has_not_switched_is_called_off(tmp_path: Path, *, interrupted: boo
             assert running.stdout
             running.stdout.readline()
         (entry,) = promoter(case.state, "job", "list", "--json").lines
+        assert undo(case, entry["id"], "--dry-run").code == 0
         undone = undo(case, entry["id"])
         assert undone.code == 0, (undone.out, undone.err)
         if not interrupted:

@@ -514,9 +514,10 @@ def undo_job(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Go back to the old chain; once it has switched, with a guest that is shut down.
+    """Go back to the old chain, with what was written since.
 
-    What was written since the switchover goes back with it, and the new disk is kept.
+    What has not switched is called off. After the switchover the guest must be shut down, and the
+    new disk is kept.
     """
     output = choose(as_json=as_json, quiet=quiet, verbose=verbose)
     run.finish(run.undo(identity, state, output, dry_run=dry_run), output)

@@ -239,15 +239,23 @@ async def undo(identity: str, state: Path, output: Output, *, dry_run: bool) -> 
             "Its copies are files of their own: remove those that you do not want.",
         )
     if entry.status is OperationStatus.RUNNING:
-        await ask(entry.id, "cancel", state, output)
+        if dry_run:
+            output.asked(entry.id, "undo")
+        else:
+            await ask(entry.id, "cancel", state, output)
         return
-    if entry.status is OperationStatus.INTERRUPTED and not dry_run:
-        with journal.hold(entry.id), suppress(Cancelled):
-            await _call_off(journal, entry.id, output)
-    move = recorded_move(journal.entry(entry.id))
+    with journal.hold(entry.id):
+        if entry.status is OperationStatus.INTERRUPTED and not dry_run:
+            with suppress(Cancelled):
+                await _call_off(journal, entry.id, output)
+        await _take_back(recorded_move(journal.entry(entry.id)), journal, output, dry_run=dry_run)
+
+
+async def _take_back(move: Move, journal: Journal, output: Output, *, dry_run: bool) -> None:
+    """Undo what has switched."""
     guest = await _connect_if_it_runs(move)
     try:
-        made = await undoing.plan(guest, move, new_id(), state)
+        made = await undoing.plan(guest, move, new_id(), journal.directory)
         output.plan(made, dry_run=dry_run)
     finally:
         if guest:

@@ -50,6 +50,7 @@ DONE = {Kind.PROMOTE: "is a full clone now", Kind.UNDO: "is on its old chain aga
 ASKED = {
     "pause": "paused; the guest runs on. Go on: promoter job resume",
     "go on": "goes on",
+    "undo": "it runs, and would be called off; the guest stays on its old chain",
     "cancel": "asked to go back; a switchover that has begun still goes through",
 }
 LOG_WIDTH = 500

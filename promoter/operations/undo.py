@@ -96,16 +96,18 @@ def _has_switched(disk: DiskIntent, view: GuestView | None) -> bool:
 
 def _check_old_chain(disk: DiskIntent) -> None:
     """Is the old chain still the one that the disk had, and nobody else's?"""
-    aside = disk.names.aside
+    aside, new = disk.names.aside, _new_file(disk)
     why = ""
-    if file_id(aside) != disk.names.old:
+    if not new.exists():
+        why = f"its new disk {new} is gone, and what was written since with it"
+    elif file_id(aside) != disk.names.old:
         why = f"its old overlay {aside} is gone"
     elif stamps(disk.chain) != disk.below:
         why = "what lies below its old overlay has changed, or is gone"
     elif is_encrypted(disk.chain):
         why = "its old chain is encrypted"
-    elif is_written(_new_file(disk)):
-        why = f"a guest has its new disk {_new_file(disk)} open"
+    elif is_written(new):
+        why = f"a guest has its new disk {new} open"
     elif is_open(aside):
         why = f"a process has its old overlay {aside} open"
     elif not disk.names.in_place and lease_of(disk.names.target):
