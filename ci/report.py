@@ -38,7 +38,7 @@ pre { font-size: 12px; background: #8882; padding: .6em; margin: .3em 0 1.2em;
 
 @dataclass(frozen=True)
 class Case:
-    """A test that ran; what it took in seconds, and why it did not pass."""
+    """A test that ran, by the name that pytest takes; its seconds, and why it did not pass."""
 
     part: str
     name: str
@@ -64,7 +64,8 @@ def add(junit: Path, part: str, seconds: float, log: Path, failure: str | None) 
 
 def cases(junit: Path) -> Iterator[Case]:
     for test in ElementTree.parse(junit).iter("testcase"):
-        name = "::".join(filter(None, (test.get("classname"), test.get("name"))))
+        file = test.get("classname", "").replace(".", "/")
+        name = f"{file}.py::{test.get('name')}" if file else test.get("name", "")
         outcome, why = "passed", ""
         for child in test:
             if child.tag in ("failure", "error"):
@@ -85,13 +86,17 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
 
 
+def breakable(text: str) -> str:
+    return html.escape(text).replace("_", "_<wbr>")
+
+
 def row(*cells: object, tag: str = "td") -> str:
-    """A table's row; numbers and durations stay on one line."""
+    """A table's row; numbers and durations stay on one line, tests' names break between words."""
     drawn = []
     for cell in cells:
         text = str(cell)
         short = ' class="n"' if text[:1].isdigit() else ""
-        drawn.append(f"<{tag}{short}>{html.escape(text)}</{tag}>")
+        drawn.append(f"<{tag}{short}>{breakable(text)}</{tag}>")
     return f"<tr>{''.join(drawn)}</tr>"
 
 
@@ -115,14 +120,15 @@ def part_rows(found: list[Case]) -> Iterator[str]:
         of = [case for case in found if case.part == part]
         count = Counter(case.outcome for case in of)
         counts = (count["passed"], count["failed"], count["skipped"])
-        yield row(part, *counts, duration(sum(case.seconds for case in of)))
+        drawn = row(part, *counts, duration(sum(case.seconds for case in of)))
+        yield drawn.replace("<tr>", '<tr class="failed">') if count["failed"] else drawn
 
 
 def failures(found: list[Case]) -> Iterator[str]:
     for case in found:
         if case.outcome == "failed":
             yield (
-                f'<p><span class="failed">{html.escape(case.name)}</span>'
+                f'<p><span class="failed">{breakable(case.name)}</span>'
                 f" ({case.part}, {duration(case.seconds)})</p>"
                 f"<pre>{html.escape(heart(case.why))}</pre>"
             )

@@ -767,3 +767,20 @@ def test_a_socket_of_this_directory_that_is_taken_for_a_domain_is_named(tmp_path
         ran = ended(process)
     assert ran.code == 3
     assert ran.err.endswith("For the socket of this directory: ./web.qmp\n")
+
+
+def test_without_libvirts_module_a_domain_cannot_be_reached_and_the_rest_works(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "libvirt.py").write_text('raise ModuleNotFoundError("No module named libvirt")')
+    without = {"PYTHONPATH": str(tmp_path)}
+    ran = ended(start(tmp_path, "chain", "web01", environment=without))
+    assert ran.code == 3
+    assert "cannot be reached from this Python: No module named libvirt\n" in ran.err
+    assert "Traceback" not in ran.err
+    version = ended(start(tmp_path, "--version", environment=without))
+    assert (version.code, version.err) == (0, "")
+    assert version.out.endswith("\nlibvirt not found\n")
+    doctor = ended(start(tmp_path, "doctor", environment=without))
+    assert doctor.code == 0, doctor
+    assert "note: libvirt: libvirt's domains cannot be reached" in doctor.out
