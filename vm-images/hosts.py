@@ -37,9 +37,10 @@ def release() -> tuple[str, str]:
 def build_hosts(work: Path, out: Path) -> None:
     root = work / "root"
     include = f"--include={','.join(PACKAGES)}"
-    build.run("debootstrap", "--variant=minbase", include, *release()[:1], root, release()[1])
-    for name in UNUSED:
-        shutil.rmtree(root / name)
+    name, site = release()
+    build.run("debootstrap", "--variant=minbase", include, name, root, site)
+    for unused in UNUSED:
+        shutil.rmtree(root / unused)
     kernel = build.unpack_kernel(work)
     (vmlinuz,) = kernel.glob("boot/vmlinuz-*")
     (out / "vmlinux").write_bytes(build.without_compression(vmlinuz))
@@ -48,6 +49,7 @@ def build_hosts(work: Path, out: Path) -> None:
     shutil.copytree(modules, root / "usr/lib/modules" / modules.name)
     build.run("chroot", root, "depmod", modules.name)
     build.install(root / "init", build.HERE / "host-init")
+    build.compile_writer(root / "usr/sbin/writer")
     build.run("mke2fs", "-q", "-t", "ext4", "-d", root, out / "root.img", SIZE)
 
 
