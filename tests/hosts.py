@@ -1,6 +1,7 @@
 """Two hosts in a box, and the NFS server that has their pool: machines of vm-images/hosts.py.
 
-Their network is a hub in the server's QEMU, and nobody else's. Commands go in by QEMU's guest agent.
+Their network is a hub in the server's QEMU, and nobody else's. Commands go in by QEMU's guest
+agent.
 This repository and its .venv are in each of them at the path that they have here, read-only.
 """
 

@@ -7,34 +7,40 @@ writer writes: a guest in an emulated host would take minutes to boot.
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Self
 
 import pytest
 
-from promoter.lease.rules import STOPPED_AFTER
+from promoter.lease.rules import EXPLAINED, STOPPED_AFTER, Verdict
 from promoter.lease.run import HOLD_AT_LEAST
 from tests import records
 from tests.agents import certify
 from tests.hosts import PATIENCE, POOL, PROMOTER, STATE, Begun, Box, Host
 from tests.test_lease_handover import percentiles
-from tests.vm import ack_count, wait_for
+from tests.vm import wait_for
 
-pytestmark = [pytest.mark.nightly, pytest.mark.xdist_group("hosts")]
+pytestmark = pytest.mark.nightly
 PORT = 7443
 ROUNDS = 10
 Record = Callable[[str, object], None]
 
-LOCKED = """
+LANES = 3
+LONG = 600.0
+WAITED = STOPPED_AFTER + 20
+FREE = """
 import sys, time
 from pathlib import Path
 from promoter.storage.files import is_locked
-began = time.monotonic()
 while is_locked(Path(sys.argv[1])):
     time.sleep(0.5)
-print(time.monotonic() - began)
 """
 
 
@@ -92,6 +98,16 @@ def never_runs(path: Path, monitor: Path) -> list[object]:
     ]  # fmt: skip
 
 
+def since_asked(host: Host, epoch: int) -> float:
+    """Seconds until it had the disk, both by its own clock."""
+    lines = host.audit()
+    asked = max(line["at"] for line in lines if line["event"] == "asked")
+    (held,) = (
+        line["at"] for line in lines if line.get("epoch") == epoch and line["state"] == "held"
+    )
+    return (datetime.fromisoformat(held) - datetime.fromisoformat(asked)).total_seconds()
+
+
 def test_a_disk_goes_to_and_fro_over_nfs(box: Box, record_property: Record) -> None:
     path = disk(box, "disk.qcow2", "8M")
     before: Begun | None = None
@@ -102,24 +118,13 @@ def test_a_disk_goes_to_and_fro_over_nfs(box: Box, record_property: Record) -> N
         running = run(host, path, "detach", *never_runs(path, monitor), qmp=monitor)
         wait_for_epoch(host, path, 1 + 3 * count)
         if before:
-            lines = host.audit()
-            asked = max(line["at"] for line in lines if line["event"] == "asked")
-            held = next(line for line in lines if line.get("epoch") == 1 + 3 * count)
-            claimed.append(1000 * (at(held["at"]) - at(asked)))
-            ran = before.ask_to_end()
-            assert f"to host {host.name}" in ran.err, ran
+            claimed.append(1000 * since_asked(host, 1 + 3 * count))
+            assert f"to host {host.name}" in before.ask_to_end().err
         before = running
         time.sleep(HOLD_AT_LEAST)
     assert before
     before.ask_to_end()
     record_property("claimed by request over NFS", percentiles(claimed))
-    print(percentiles(claimed), sorted(map(round, claimed)))
-
-
-def at(text: str) -> float:
-    from datetime import datetime
-
-    return datetime.fromisoformat(text).timestamp()
 
 
 # --- the partition ---------------------------------------------------------------------------
@@ -133,16 +138,44 @@ def serve(host: Host, path: Path) -> Begun:
 
 
 def write(host: Host) -> Begun:
-    return host.begin("writer", "/dev/nbd0", 1, 3, 0, "/dev/ttyS1")
+    return host.begin("writer", "/dev/nbd0", 1, LANES, 0, "/dev/ttyS1")
 
 
-def wait_for_acks(host: Host, count: int) -> None:
-    wanted = ack_count(host.acks) + count
-    wait_for(lambda: ack_count(host.acks) >= wanted, "records", PATIENCE)
+@dataclass
+class Written:
+    """What writers said in this test, host by host."""
+
+    begun: dict[Host, int]
+
+    @classmethod
+    def by(cls, *hosts: Host) -> Self:
+        return cls({host: host.acks.stat().st_size for host in hosts})
+
+    def of(self, host: Host) -> bytes:
+        return host.acks.read_bytes()[self.begun[host] :]
+
+    def acks(self, host: Host) -> int:
+        return self.of(host).count(b"\nA ")
+
+    def failures(self, host: Host) -> int:
+        return self.of(host).count(b"\nE ")
+
+    def wait_for_acks(self, host: Host, count: int) -> None:
+        wanted = self.acks(host) + count
+        wait_for(lambda: self.acks(host) >= wanted, "records", PATIENCE)
+
+    def check(self, box: Box, path: Path, directory: Path) -> records.Report:
+        """The disk and what was said, by one host after the other."""
+        copy, log = directory / path.name, directory / "acks.log"
+        packed = box.server.sh(f"gzip -c {path} | base64")
+        copy.write_bytes(gzip.decompress(base64.b64decode(packed)))
+        log.write_bytes(b"".join(map(self.of, self.begun)))
+        return records.check(copy, "qcow2", log)
 
 
-def failures(host: Host) -> int:
-    return host.acks.read_bytes().count(b"\nE ")
+def until_free(host: Host, path: Path) -> Begun:
+    """Until that host sees nobody's image lock on the disk any more."""
+    return host.begin(PROMOTER.parent / "python", "-c", FREE, path)
 
 
 def test_a_partition_longer_than_the_lease_makes_no_second_writer(
@@ -151,39 +184,67 @@ def test_a_partition_longer_than_the_lease_makes_no_second_writer(
     """Even when an operator breaks the lease of a host that is only cut off, and not fenced."""
     a, b = box.hosts
     path = disk(box, "cut.qcow2", "16M")
-    owner = serve(a, path)
+    owner, written = serve(a, path), Written.by(a, b)
     write(a)
-    wait_for_acks(a, 20)
+    written.wait_for_acks(a, 20)
     with box.cut(a):
-        began = time.monotonic()
-        watch = b.begin("/bin/sh", "-c", f"cd {PROMOTER.parents[2]}; .venv/bin/python -c '{LOCKED}' {path}")
+        since = time.monotonic()
+        until_free(b, path).end(LONG)
+        record_property("partition: its image lock was free after, s", time.monotonic() - since)
+        stood = written.acks(a)
         refused = b.promoter("lease", "acquire", path, "--timeout", 1)
-        assert refused.code == 10, refused
-        watch.end(300)
-        free = time.monotonic() - began
-        print("free after", free)
-        refused = b.promoter("lease", "acquire", path, "--timeout", 1)
-        print(refused)
         assert refused.code == 10, refused
         broken = b.promoter("lease", "break", path, "--epoch", 1, "--reason", "cut off")
-        assert broken.code == 0, broken
+        assert "not fenced" in broken.result["lease"]["note"]
         new = serve(b, path)
-        stood = ack_count(a.acks)
-        print("taken over after", time.monotonic() - began)
-        writing = write(b)
-        wait_for_acks(b, 20)
-        assert (ack_count(a.acks), failures(a)) == (stood, 0)
-    healed = time.monotonic()
-    wait_for(lambda: failures(a) == 3, "host-a's writers to fail", 400)
-    print("failed after", time.monotonic() - healed)
-    assert ack_count(a.acks) == stood
-    wait_for_acks(b, 20)
-    print(a.sh("cat /proc/locks; dmesg | tail -5; ps ax"))
-    b.sh("pkill writer; sleep 1")
-    print(writing.end())
-    new.ask_to_end()
-    print(owner.ask_to_end())
-    log = tmp_path / "acks.log"
-    log.write_bytes(a.acks.read_bytes() + b.acks.read_bytes())
-    copy = tmp_path / "cut.raw"
-    print(copy, log)
+        record_property("partition: taken over after, s", time.monotonic() - since)
+        write(b)
+        written.wait_for_acks(b, 20)
+        assert (written.acks(a), written.failures(a)) == (stood, 0), "its writes wait"
+    since = time.monotonic()
+    wait_for(lambda: written.failures(a) == LANES, "host-a's writes to fail", LONG)
+    record_property("partition: its writes failed, s after it was over", time.monotonic() - since)
+    ran = owner.end(LONG)
+    record_property("partition: its run ended, s after it was over", time.monotonic() - since)
+    assert (ran.code, json.loads(ran.out)["error"]) == (10, "LeaseHeld")
+    a.sh("! pidof qemu-nbd")
+    written.wait_for_acks(b, 20)
+    assert written.acks(a) == stood
+    b.sh("kill $(pidof writer)")
+    assert new.ask_to_end().code == 0
+    report = written.check(box, path, tmp_path)
+    assert [finding.kind for finding in report.findings] == [records.Kind.FAILED] * LANES, report
+
+
+# --- the dead owner --------------------------------------------------------------------------
+
+
+def test_the_disk_of_a_host_that_died_is_taken_when_it_is_fenced(
+    box: Box, tmp_path: Path, record_property: Record
+) -> None:
+    a, b = box.hosts
+    path = disk(box, "dead.qcow2", "16M")
+    serve(a, path)
+    written = Written.by(a, b)
+    write(a)
+    written.wait_for_acks(a, 20)
+    a.kill()
+    since = time.monotonic()
+    waiting = b.begin(PROMOTER, "lease", "acquire", path, "--timeout", WAITED, "--json")
+    until_free(b, path).end(LONG)
+    record_property("dead owner: its image lock was free after, s", time.monotonic() - since)
+    refused = waiting.end(LONG)
+    assert refused.code == 10, refused
+    assert EXPLAINED[Verdict.FENCE] in refused.result["hint"], "silence is not enough"
+    b.sh(f"echo '#!/bin/sh' > {STATE}/fence && chmod +x {STATE}/fence")
+    fenced = time.monotonic()
+    broken = b.promoter("lease", "break", path, "--epoch", 1, "--reason", "it is off")
+    assert broken.result["lease"]["note"] == "it is off (by host host-b, fenced)"
+    new = serve(b, path)
+    record_property("dead owner: taken over, s after the fence", time.monotonic() - fenced)
+    record_property("dead owner: taken over after, s", time.monotonic() - since)
+    write(b)
+    written.wait_for_acks(b, 20)
+    b.sh("kill $(pidof writer)")
+    assert new.ask_to_end().code == 0
+    written.check(box, path, tmp_path).raise_if_bad()

@@ -1,8 +1,8 @@
 """Builds the machines of tests/hosts.py: a Debian with QEMU, Python and NFS, for root.
 
 Its kernel and how that boots are those of build.py's small guest, and its process 1 is host-init.
-The last line printed is the directory with `root.img`, `vmlinux` and `initrd`. As in build.py a build
-is repeated only when one of its sources changed.
+The last line printed is the directory with `root.img`, `vmlinux` and `initrd`. As in build.py a
+build is repeated only when one of its sources changed.
 """
 
 import re

@@ -5,7 +5,8 @@ storage (at once when the agent wakes it, by SIGURG), and frees the disks when t
 ended and their locks are free. Trouble with the storage never ends the guest: the image lock
 protects the disk, and others only wait. A disk that it has lent it claims again when the rules
 allow, for the guest that waits, as long as the lease names this very process as its lender.
-When it sees that a disk's lease is its own no more, since an operator broke it, it kills its command.
+When it sees that the lease of a disk is its own no more, since an operator broke it, it kills its
+command.
 
 Killed itself, it leaves its command running and the leases held; the next ``promoter run`` on
 this host takes them up when nothing has the disks open.
