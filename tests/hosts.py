@@ -48,7 +48,7 @@ rpc.nfsd --no-nfs-version 3 4
 rpc.mountd --no-nfs-version 3
 """
 MOUNT = f"mkdir -p {POOL} && mount -t nfs4 -o {OPTIONS} {SERVER}:/ {POOL} && modprobe nbd"
-PATIENCE = 180.0
+PATIENCE = 600.0
 """Seconds for anything that a host does: all is emulated, on a machine that does more."""
 
 
@@ -145,7 +145,7 @@ class Host:
         self._monitor = Monitor(self.sockets / "qmp")
 
     def wait_until_up(self) -> None:
-        wait_for(lambda: answers(self), f"{self.name} to boot", 2 * PATIENCE)
+        wait_for(lambda: answers(self), f"{self.name} to boot", PATIENCE)
 
     def qmp(self, command: str, **arguments: Any) -> Any:
         assert self._monitor

@@ -12,6 +12,8 @@ import pytest
 import typer
 
 from promoter.cli.main import app
+from promoter.storage.abilities import nfs_faults
+from tests.hosts import OPTIONS
 from tests.runbooks import RUNBOOKS
 from tests.test_runbooks import CASES
 from tests.vm import ROOT
@@ -88,3 +90,9 @@ def test_every_runbook_is_played_and_in_the_index() -> None:
     assert runbooks == set(CASES)
     index = LINK.findall((RUNBOOKS / "README.md").read_text())
     assert {f"{name}.md" for name in runbooks} <= set(index)
+
+
+@pytest.mark.parametrize("name", ["docs/lease.md", "Vagrantfile"])
+def test_how_nfs_is_to_be_mounted_is_what_the_tests_try(name: str) -> None:
+    assert re.search(rf"\b{OPTIONS}\b", (ROOT / name).read_text())
+    assert nfs_faults(OPTIONS.split(",")) == ()

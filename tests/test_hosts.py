@@ -33,7 +33,6 @@ ROUNDS = 10
 Record = Callable[[str, object], None]
 
 LANES = 3
-LONG = 600.0
 WAITED = STOPPED_AFTER + 20
 FREE = """
 import sys, time
@@ -189,7 +188,7 @@ def test_a_partition_longer_than_the_lease_makes_no_second_writer(
     written.wait_for_acks(a, 20)
     with box.cut(a):
         since = time.monotonic()
-        until_free(b, path).end(LONG)
+        until_free(b, path).end()
         record_property("partition: its image lock was free after, s", time.monotonic() - since)
         stood = written.acks(a)
         refused = b.promoter("lease", "acquire", path, "--timeout", 1)
@@ -202,9 +201,9 @@ def test_a_partition_longer_than_the_lease_makes_no_second_writer(
         written.wait_for_acks(b, 20)
         assert (written.acks(a), written.failures(a)) == (stood, 0), "its writes wait"
     since = time.monotonic()
-    wait_for(lambda: written.failures(a) == LANES, "host-a's writes to fail", LONG)
+    wait_for(lambda: written.failures(a) == LANES, "host-a's writes to fail", PATIENCE)
     record_property("partition: its writes failed, s after it was over", time.monotonic() - since)
-    ran = owner.end(LONG)
+    ran = owner.end()
     record_property("partition: its run ended, s after it was over", time.monotonic() - since)
     assert (ran.code, json.loads(ran.out)["error"]) == (10, "LeaseHeld")
     a.sh("! pidof qemu-nbd")
@@ -231,9 +230,9 @@ def test_the_disk_of_a_host_that_died_is_taken_when_it_is_fenced(
     a.kill()
     since = time.monotonic()
     waiting = b.begin(PROMOTER, "lease", "acquire", path, "--timeout", WAITED, "--json")
-    until_free(b, path).end(LONG)
+    until_free(b, path).end()
     record_property("dead owner: its image lock was free after, s", time.monotonic() - since)
-    refused = waiting.end(LONG)
+    refused = waiting.end()
     assert refused.code == 10, refused
     assert EXPLAINED[Verdict.FENCE] in refused.result["hint"], "silence is not enough"
     b.sh(f"echo '#!/bin/sh' > {STATE}/fence && chmod +x {STATE}/fence")
