@@ -78,8 +78,8 @@ def wait_for_epoch(host: Host, path: Path, epoch: int) -> None:
     """Until a QEMU there has the disk open under the claim of that epoch."""
     inode = host.sh(f"stat -c %i {path}").strip()
     script = f"""
-    until [ -e {path}.lease.d/{epoch:08} ]; do sleep 0.2; done
-    until grep -q OFDLCK.*:{inode}.20 /proc/locks; do sleep 0.2; done"""
+    until [ -e {path}.lease.d/{epoch:08} ]; do sleep 1; done
+    until grep -q OFDLCK.*:{inode}.20 /proc/locks; do sleep 1; done"""
     host.sh(script)
 
 
@@ -132,7 +132,7 @@ def test_a_disk_goes_to_and_fro_over_nfs(box: Box, record_property: Record) -> N
 def serve(host: Host, path: Path) -> Begun:
     """An owner whose disk is /dev/nbd0."""
     running = run(host, path, "never", "qemu-nbd", "-v", "-f", "qcow2", "-c", "/dev/nbd0", path)
-    host.sh("until [ $(blockdev --getsize64 /dev/nbd0) -gt 0 ]; do sleep 0.2; done")
+    host.sh("until [ $(blockdev --getsize64 /dev/nbd0) -gt 0 ]; do sleep 1; done")
     return running
 
 
