@@ -33,9 +33,11 @@ FILES = {
     "fuzz": ["test_fuzz.py", "test_bad_input.py"],
     "lease": ["test_lease_[!f]*.py", "test_lease_fi*.py"],
     "lease-faults": ["test_lease_faults.py"],
+    "hosts": ["test_hosts.py"],
 }
 ONLY = {"matrix-qemu": "not libvirt", "matrix-libvirt": "libvirt"}  # of their file's tests
 WHOLE = {"coverage"}  # its table is written only when every cell was tried in one run
+ONE_BY_ONE = {"hosts"}  # its tests share their machines
 TABLES = {
     "bench-virsh": ["domains", "consolidate", "convergence"],
     "bench-promote": ["load", "guest", "seeds", "growth", "chains", "pauses"],
@@ -64,7 +66,8 @@ def command(part: str) -> list[str]:
     marked = "nightly or not nightly" if part in WHOLE else "nightly"
     chosen = [str(file.relative_to(ROOT)) for file in files(part)]
     only = ["-k", ONLY[part]] if part in ONLY else []
-    return ["pytest", "-n", "2", "--dist", "worksteal", "-m", marked, *only, *chosen]
+    workers = "1" if part in ONE_BY_ONE else "2"
+    return ["pytest", "-n", workers, "--dist", "worksteal", "-m", marked, *only, *chosen]
 
 
 def ended(process: subprocess.Popen[bytes]) -> int | None:

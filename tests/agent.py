@@ -7,7 +7,8 @@ import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import libvirt
 import libvirt_qemu
@@ -18,7 +19,14 @@ from tests.vm import VM, wait_for
 PATIENCE = 10  # seconds
 
 
-def ask(guest: VM | Domain, command: str, patience: int = PATIENCE, **arguments: object) -> Any:
+class Agent(Protocol):
+    """A machine whose agent's channel is the socket `agent`."""
+
+    @property
+    def agent(self) -> Path: ...
+
+
+def ask(guest: Agent | Domain, command: str, patience: int = PATIENCE, **arguments: object) -> Any:
     """The agent's answer. Raises TimeoutError when there is none."""
     words = json.dumps({"execute": command, "arguments": arguments})
     if isinstance(guest, Domain):
@@ -47,7 +55,7 @@ def held(guest: VM) -> Iterator[None]:
         yield
 
 
-def answers(guest: VM | Domain) -> bool:
+def answers(guest: Agent | Domain) -> bool:
     try:
         ask(guest, "guest-ping", 1)
     except TimeoutError:

@@ -250,7 +250,7 @@ def judge_record(lane: Lane, slot: int, data: bytes, ground: bytes) -> Finding |
 
 def partition_offset(disk: Path, device: str) -> int:
     """Where the device, as the guest calls it, begins on its disk, in bytes."""
-    number = re.fullmatch(r"/dev/(?:[a-z]+|nvme\d+n\d+p)(\d+)", device)
+    number = re.fullmatch(r"/dev/(?:(?!nbd)[a-z]+|nvme\d+n\d+p|nbd\d+p)(\d+)", device)
     if number is None:
         return 0
     command = ["sfdisk", "--json", str(disk)]

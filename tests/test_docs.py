@@ -13,6 +13,8 @@ import pytest
 import typer
 
 from promoter.cli.main import app
+from promoter.storage.abilities import nfs_faults
+from tests.hosts import OPTIONS
 from tests.runbooks import RUNBOOKS
 from tests.test_runbooks import CASES
 from tests.vm import ROOT
@@ -97,3 +99,9 @@ def test_the_picture_of_the_demo_shows_its_end_and_no_place_of_this_machine() ->
     )
     assert "Everything was proven" in drawn
     assert set(re.findall(r"(?<![\w/.])/[a-z]+/", drawn)) == {"/vm/", "/run/"}
+
+
+@pytest.mark.parametrize("name", ["docs/lease.md", "Vagrantfile"])
+def test_how_nfs_is_to_be_mounted_is_what_the_tests_try(name: str) -> None:
+    assert re.search(rf"\b{OPTIONS}\b", (ROOT / name).read_text())
+    assert nfs_faults(OPTIONS.split(",")) == ()

@@ -20,6 +20,7 @@ from promoter.lease.liveness import Heartbeat, Silence, fence, storage_of
 from promoter.lease.record import Answer, LeaseRecord, Said, State
 from promoter.lease.rules import Illegal, Lock, Storage
 from promoter.lease.store import CouldNotTell
+from promoter.storage import abilities
 
 ONE, TWO = Host("host-one", "boot-1"), Host("host-two", "boot-1")
 
@@ -266,3 +267,15 @@ def test_a_host_has_a_name_that_stays(tmp_path: Path) -> None:
 def test_what_is_not_known_to_be_local_is_network_storage(path: str) -> None:
     assert storage_of(Path(path)) is Storage.NETWORK
     assert Lock.FREE is liveness.lock_on(Path("/proc/self/status"))
+
+
+def test_what_this_host_serves_by_nfs_is_network_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the others it is, and their locks lapse with their connection."""
+    served, etab = tmp_path / "the pool", tmp_path / "etab"
+    monkeypatch.setattr(abilities, "EXPORTED", etab)
+    assert storage_of(served / "disk") is Storage.LOCAL
+    etab.write_text(str(served).replace(" ", "\\040") + "\t*(rw,sync)\n")
+    assert storage_of(served / "disk") is Storage.NETWORK
+    assert storage_of(tmp_path / "disk") is Storage.LOCAL

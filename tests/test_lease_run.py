@@ -186,6 +186,19 @@ def test_a_run_lets_go_though_nobody_reads_what_it_says(
     running.process.communicate()
 
 
+def test_a_run_whose_lease_was_broken_ends_its_command(hosts: Hosts, disk: Path) -> None:
+    """As after a partition in which its lock was lost; who has the disk then keeps it."""
+    a, b = hosts
+    running = a.run(disk, "never", "sleep", 60)
+    wait_for(lambda: owner_of(disk) == a.name, "the disk to be claimed", 30)
+    assert b.lease("break", disk, "--epoch", 1, "--reason", "thought dead").code == 0
+    assert b.lease("acquire", disk).code == 0
+    ran = running.end(30)
+    assert (ran.code, json.loads(ran.out)["error"]) == (10, "LeaseHeld")
+    assert said(ran, "lost") == ["its lease is not ours any more"]
+    assert (owner_of(disk), record(disk).epoch) == (b.name, 3)
+
+
 def test_a_run_has_the_exit_code_of_its_command_and_frees_the_disk(
     hosts: Hosts, disk: Path
 ) -> None:

@@ -22,7 +22,7 @@ from promoter.lease.host import Host
 from promoter.lease.record import LeaseRecord
 from promoter.lease.rules import Evidence, Lock, Storage, beat
 from promoter.lease.store import CouldNotTell, LeaseStore
-from promoter.storage.abilities import mount_of
+from promoter.storage.abilities import is_exported, mount_of
 from promoter.storage.files import is_locked
 
 BEAT_EVERY = 5.0
@@ -146,8 +146,11 @@ def lock_on(disk: Path) -> Lock:
 
 
 def storage_of(path: Path) -> Storage:
-    """Local only where the file system is known to be; everything else may lose locks."""
-    return Storage.LOCAL if mount_of(path).kind in LOCAL else Storage.NETWORK
+    """Local only where the file system is known to be, and no other host has it by NFS from here;
+    everything else may lose locks.
+    """
+    local = mount_of(path).kind in LOCAL and not is_exported(path)
+    return Storage.LOCAL if local else Storage.NETWORK
 
 
 def fence(state: Path, host: str, disk: Path, epoch: int) -> bool:

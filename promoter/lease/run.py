@@ -5,7 +5,8 @@ storage (at once when the agent wakes it, by SIGURG), and frees the disks when t
 ended and their locks are free. A disk that an operation has moved is served where it is then.
 Trouble with the storage never ends the guest: the image lock protects the disk, and others only
 wait. A disk that it has lent it claims again when the rules allow, for the guest that waits, as
-long as the lease names this very process as its lender.
+long as the lease names this very process as its lender. When it sees that the lease of a disk is
+its own no more, since an operator broke it, it kills its command.
 
 Killed itself, it leaves its command running and the leases held; the next ``promoter run`` on
 this host takes them up when nothing has the disks open.
@@ -119,6 +120,7 @@ class LeasedRun:
         self._lent: dict[LeaseFile, tuple[Loan, Acquisition]] = {}
         self._lending = asyncio.Lock()
         self._trouble: dict[LeaseFile, str] = {}
+        self._lost: Path | None = None
         self._bells = {store: asyncio.Event() for store in self.stores}
         self._said: dict[str, Answer] = {}
         self._writing = threading.Lock()  # an answer and the record it is about go together
@@ -229,10 +231,35 @@ class LeasedRun:
                 for store in self.stores
             ]
             serving.append(tasks.create_task(self._let_go(self._process), name="letting go"))
+            serving.append(tasks.create_task(self._watch(self._process), name="leases lost"))
             code = await self._process.wait()
             for task in serving:
                 task.cancel()
+        if self._lost:
+            raise LeaseHeld(
+                f"{self._lost} was taken from this host while it was open",
+                "The command was killed. Look who has the disk: promoter lease show.",
+            )
         return code if code >= 0 else 128 - code
+
+    # --- leases lost ---
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        """Who comes back from a partition must write no more, whatever became of its locks."""
+        while not self._lost:
+            await asyncio.sleep(BEAT_EVERY)
+            for store in tuple(self._held):
+                look = partial(self._alone, self._look, store)
+                await self._tolerantly(store.disk, look)
+        with suppress(ProcessLookupError):
+            process.kill()
+
+    def _look(self, store: LeaseFile) -> None:
+        record = store.read_any()
+        if store in self._held and record and record.owner != self.owner:
+            self._held.remove(store)
+            self._lost = store.disk
+            self.say("lost", store.disk, "its lease is not ours any more")
 
     # --- release requests ---
 

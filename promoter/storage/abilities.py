@@ -22,6 +22,7 @@ from promoter.storage.seed import can_reflink
 
 BLOCK = 1 << 16
 LOST_LOCKS = Path("/sys/module/nfs/parameters/recover_lost_locks")
+EXPORTED = Path("/var/lib/nfs/etab")
 NFS = ("nfs", "nfs4")
 LEAST_NFS = (4, 1)
 
@@ -51,6 +52,15 @@ def mount_of(path: Path) -> Mount:
 
 def _unescaped(text: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
+
+
+def is_exported(path: Path) -> bool:
+    """Does this host's NFS server give ``path`` to others? Source: exportfs(8), ``etab``."""
+    try:
+        lines = EXPORTED.read_text().splitlines()
+    except FileNotFoundError:
+        return False
+    return any(path.is_relative_to(_unescaped(line.partition("\t")[0])) for line in lines)
 
 
 def nfs_faults(options: Collection[str]) -> tuple[str, ...]:
