@@ -193,6 +193,13 @@ def test_while_a_disk_moves_nobody_takes_either_file_for_it(half: LeaseRecord) -
         assert (settled.operation, settled.elsewhere) == (None, None)
 
 
+def test_a_disk_is_lost_when_its_lease_was_broken_and_not_when_it_has_moved() -> None:
+    assert not rules.is_lost(HELD, ONE)
+    assert rules.is_lost(HELD, TWO)
+    assert rules.is_lost(rules.break_lease(HELD, HELD.epoch, Lock.FREE, "it burnt", STAMP), ONE)
+    assert not rules.is_lost(rules.moved(MOVING, ONE.host, STAMP), ONE)
+
+
 def test_what_was_moved_is_had_elsewhere_alone() -> None:
     assert (MOVED_IN.disk, MOVED_IN.owner, MOVED_IN.elsewhere) == (OTHER_FILE, ONE, "/vm/old")
     gone = rules.moved(MOVING, ONE.host, STAMP)

@@ -320,6 +320,11 @@ def moved(record: LeaseRecord, host: str, stamp: Stamp) -> LeaseRecord:
     return _next(record, Step.MOVED, stamp, **gone, elsewhere=record.elsewhere)
 
 
+def is_lost(record: LeaseRecord, owner: Owner) -> bool:
+    """Was the disk taken from its owner? Not one that an operation has moved: that is elsewhere."""
+    return record.owner != owner and record.elsewhere is None
+
+
 def found(record: LeaseRecord, inode: int) -> LeaseRecord | None:
     """The record when the file ``inode`` lies at the disk's path; None: it is not about that."""
     if inode == record.disk.inode:

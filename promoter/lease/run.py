@@ -256,7 +256,7 @@ class LeasedRun:
 
     def _look(self, store: LeaseFile) -> None:
         record = store.read_any()
-        if store in self._held and record and record.owner != self.owner:
+        if store in self._held and record and rules.is_lost(record, self.owner):
             self._held.remove(store)
             self._lost = store.disk
             self.say("lost", store.disk, "its lease is not ours any more")
