@@ -146,6 +146,7 @@ def test_a_dry_run_of_a_snapshot_changes_nothing(make: Make, tmp_path: Path) -> 
 # --- consolidation ------------------------------------------------------------------------------
 
 
+@NIGHTLY_LIBVIRT
 @pytest.mark.parametrize(
     "deltas", [2, pytest.param(5, marks=pytest.mark.nightly)], ids="{} deltas".format
 )

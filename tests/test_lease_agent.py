@@ -429,14 +429,25 @@ def test_prometheus_is_told_what_the_agent_has_seen(
         path = f"{PATH}/{record(disk).disk.uuid}?wait=0"
         assert status(exchange(address_of(a.state), client(watcher.state), post(path, body))) == 403
         pool = f'promoter_heartbeat_age_seconds{{pool="{disk.parent}"}}'
-        wait_for(lambda: pool in metrics(a.state, watcher.state), "a heartbeat", 30)
+        wait_for(lambda: pool in later(a.state, watcher.state), "a heartbeat", 30)
         before = metrics(a.state, watcher.state)
         assert before["promoter_leases_held"] == 1
         assert before["promoter_refusals_total"] == 2
         assert before['promoter_release_requests_total{outcome="refused"}'] == 1
-        assert b.lease("acquire", disk, "--timeout", 60).code == 0
+        wait_until_held_for_a_while()
+        running.process.send_signal(signal.SIGSTOP)
+        wanted = signed(b.state, disk, id="r2")
+        LeaseFile(disk).ask(wanted)
+        path = f"{PATH}/{record(disk).disk.uuid}"
+        sent = exchange(
+            address_of(a.state), client(b.state), post(f"{path}?wait=0", encode(wanted))
+        )
+        assert status(sent) == 202
+        running.process.send_signal(signal.SIGCONT)
+        told = exchange(address_of(a.state), client(b.state), poll(f"{path}/{wanted.id}?wait=20"))
+        assert status(told) == 200
+        assert running.end().code == 0
         after = metrics(a.state, watcher.state)
-    running.end()
     assert after["promoter_leases_held"] == 0
     assert after['promoter_release_requests_total{outcome="released"}'] == 1
     assert after["promoter_handover_seconds_count"] == 1
@@ -450,10 +461,10 @@ def test_a_heart_that_stands_still_is_seen_in_the_metrics(
     assert a.lease("acquire", disk).code == 0
     pool = f'promoter_heartbeat_age_seconds{{pool="{disk.parent}"}}'
     with agent(a.state):
-        wait_for(lambda: pool in metrics(a.state, b.state), "a heartbeat", 30)
+        wait_for(lambda: pool in later(a.state, b.state), "a heartbeat", 30)
         hosts_of(disk.parent).path.rename(tmp_path / "gone")
         hosts_of(disk.parent).path.write_text("in its way")
-        wait_for(lambda: metrics(a.state, b.state)[pool] > BEAT_EVERY + 1, "it to stand still", 30)
+        wait_for(lambda: later(a.state, b.state)[pool] > BEAT_EVERY + 1, "it to stand still", 30)
 
 
 def metrics(state: Path, watcher: Path) -> dict[str, float]:
@@ -466,6 +477,12 @@ def metrics(state: Path, watcher: Path) -> dict[str, float]:
         text = answer.read().decode()
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+def later(state: Path, watcher: Path) -> dict[str, float]:
+    """No agent shows them to one host as often as a test would look."""
+    time.sleep(0.5)
+    return metrics(state, watcher)
 
 
 def certify_again(authority: Path, state: Path, roles: list[Role]) -> None:
