@@ -130,7 +130,7 @@ class Borrower:
     ("qemu", "bus", "rounds"),
     [
         ("system", Bus.SCSI, 5),
-        ("newest", Bus.VIRTIO, 5),
+        pytest.param("newest", Bus.VIRTIO, 5, marks=pytest.mark.nightly),
         pytest.param("newer", Bus.SCSI, 5, marks=pytest.mark.nightly),
         pytest.param("system", Bus.VIRTIO, 200, marks=pytest.mark.nightly),
         pytest.param("newest", Bus.SCSI, 200, marks=pytest.mark.nightly),

@@ -79,6 +79,9 @@ def test_a_promoted_disk_goes_back_with_what_was_written_since(
             beside = Path(f"{clone}.undone-{identity}")
             assert kept == (target if where == "elsewhere" else beside)
         assert backing_chain(kept) == [kept]
+        told = promoter(case.state, "report", ran.result["id"], "--json").result
+        assert "are the same" in told["disks"][0]["verification"]
+        assert [layer["file"] for layer in told["disks"][0]["after"]] == [str(clone), str(base())]
         assert case.resume().code == 0
         assert set(tmp_path.glob("*.qcow2*")) == {clone, kept}
         assert undo(case, identity).result["disks"] == []

@@ -73,7 +73,7 @@ async def _one(course: Course, do: Do, index: int, disk: DiskIntent) -> None:
         case Do.MIRROR:
             await copying.start(course, course.with_its_nodes(index, disk))
         case Do.GO_BACK:
-            await undo.go_back(course, disk)
+            await undo.go_back(course, index, disk)
         case Do.VERIFY:
             await proving.verify_disk(course, index, disk)
         case Do.DETACH:

@@ -83,15 +83,15 @@ class Course:
             disk.mark,
             DiskReport(disk.name, source, names.target, disk.way, method, node=disk.node),
         )
+        if disk.verdict:
+            report.verified = disk.verdict.same is not None
+            report.verified_bytes = disk.verdict.same
+            report.unverified = disk.verdict.unproven or None
         if undo:
             report.target, report.old = names.path, undone_file(disk)
             report.source, report.kept = report.old, (report.old,)
             return report
         report.target = names.path if names.in_place else names.target
-        if disk.verdict:
-            report.verified = disk.verdict.same is not None
-            report.verified_bytes = disk.verdict.same
-            report.unverified = disk.verdict.unproven or None
         report.kept = kept_files(disk)
         report.old = next(iter(report.kept), None)
         report.spare = next(iter(names.spares()), None)

@@ -243,11 +243,9 @@ def _new_chain(disk: DiskIntent, before: tuple[Layer, ...]) -> tuple[Layer, ...]
 
 
 def _verification(disk: DiskIntent, move: Move) -> str:
-    if not move.choices.verify:
-        return "not asked for"
     verdict = disk.verdict
     if verdict is None:
-        return "asked for, and not done"
+        return "asked for, and not done" if move.choices.verify else "not asked for"
     if verdict.same is not None:
         return f"old and new disk are the same: {verdict.same:,} bytes compared"
     if verdict.difference:

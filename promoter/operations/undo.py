@@ -27,7 +27,7 @@ from promoter.lease.readers import lease_of
 from promoter.operations.course import Course
 from promoter.operations.leases import check_leases, is_listed
 from promoter.operations.leftovers import is_named_as_backing, undone_file
-from promoter.operations.move import Choices, DiskIntent, Kind, Move, Old, Way
+from promoter.operations.move import Choices, DiskIntent, Kind, Move, Old, Verdict, Way
 from promoter.operations.observation import observe
 from promoter.operations.plan import Plan, stamps
 from promoter.operations.preflight import check_managed_save, is_encrypted
@@ -66,8 +66,9 @@ async def plan(guest: Guest | None, move: Move, identity: str, state: Path) -> P
     for disk in disks:
         _check_old_chain(disk)
     await asyncio.to_thread(check_leases, disks, Old.ASIDE, os.getpid(), state)
+    back = tuple(replace(disk, verdict=None) for disk in disks)
     return Plan(
-        Move(identity, move.guest, Choices(), disks, domain=move.domain, kind=Kind.UNDO),
+        Move(identity, move.guest, Choices(), back, domain=move.domain, kind=Kind.UNDO),
         free=tuple(free_bytes(disk.names.aside.parent) for disk in disks),
         nothing_to_do=tuple(disk.name for disk in move.disks if disk not in disks),
         warnings=(),
@@ -123,7 +124,7 @@ def _new_file(disk: DiskIntent) -> Path:
     return disk.names.path if disk.names.in_place else disk.names.target
 
 
-async def go_back(course: Course, disk: DiskIntent) -> None:
+async def go_back(course: Course, index: int, disk: DiskIntent) -> None:
     """Bring the old chain up to date, and have the next boot open it.
 
     Raises `Refused` when somebody has the new disk, and `NoSpace` or `JobFailed` before anything
@@ -131,7 +132,8 @@ async def go_back(course: Course, disk: DiskIntent) -> None:
     """
     try:
         with kept_from_writers(_new_file(disk)):
-            await _bring_up_to_date(course, disk)
+            same = await _bring_up_to_date(course, disk)
+            course.save(course.intent.with_disk(index, replace(disk, verdict=Verdict(same))))
             await asyncio.to_thread(course.leases.announce, disk, disk.names.old)
             _name_new(disk)
             disk.names.put_back()
@@ -160,8 +162,10 @@ async def tidy(course: Course) -> None:
     course.save(replace(course.intent, tidied=True))
 
 
-async def _bring_up_to_date(course: Course, disk: DiskIntent) -> None:
-    """Write into the old overlay where it differs from the new disk, and compare."""
+async def _bring_up_to_date(course: Course, disk: DiskIntent) -> int:
+    """Write into the old overlay where it differs from the new disk, and compare; the bytes that
+    are the same.
+    """
     active, aside, new = disk.chain.active, disk.names.aside, _new_file(disk)
     delta = disk.names.path.with_name(f"{disk.names.path.name}.part-{course.id}.delta")
     form = disk.geometry.format
@@ -181,8 +185,8 @@ async def _bring_up_to_date(course: Course, disk: DiskIntent) -> None:
     await asyncio.to_thread(sync, aside)
     if different := await images.differ(old_chain(disk), new, form):
         raise JobFailed(f"{disk.name}: its old chain is not what {new} is: {different}")
-    report = course.report(disk)
-    report.mirrored_bytes, report.verified, report.verified_bytes = copied, True, size
+    course.report(disk).mirrored_bytes = copied
+    return size
 
 
 def _teller(course: Course, disk: DiskIntent, phase: str, total: int) -> Callable[[float], None]:
