@@ -451,6 +451,18 @@ def test_a_lease_follows_its_disk_to_another_path(moving: Moving) -> None:
     moving.passes_to_the_other_host()
 
 
+@pytest.mark.nightly
+def test_a_disk_whose_lease_has_followed_it_is_not_undone(moving: Moving) -> None:
+    moving.boot()
+    done = moving.perform("promote", "--target", moving.target)
+    assert done.code == 0, done
+    os.kill(moving.qemu(), signal.SIGTERM)
+    assert moving.running.end(60).code == 0
+    refused = ended(start(moving.a.state, "job", "undo", done.result["id"], "--json"))
+    assert refused.code == 4, refused
+    assert "its lease has followed it" in refused.result["message"]
+
+
 MOVES = ("joined", "announced", "drained", "renamed", "before TIDY", "after TIDY", "left")
 
 

@@ -26,7 +26,7 @@ async def plain(monitor: Path) -> PlainGuest:
 def _libvirt() -> type[LibvirtGuest]:
     """Raises `Unreachable` where libvirt's Python module, a part of its own, cannot be loaded."""
     try:
-        import libvirt  # noqa: F401
+        import libvirt  # noqa: F401 - is it there?
     except ImportError as error:
         raise Unreachable(
             f"libvirt's domains cannot be reached from this Python: {error}",
